@@ -1,0 +1,198 @@
+"""The command line: parse, call a stage, print.
+
+Exit codes: 0 done; 2 for what the user can mend, in one line; 130 and 143 after a signal, with the state saved; 1 for a
+bug, with its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from raydistill.config import Config
+from raydistill.config_file import load_config
+from raydistill.errors import Interrupted, UserError
+from raydistill.record.run import STAGES, find_run, leftovers, verify
+from raydistill.stages.progress import Progress, size
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config; see README")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings to change")]
+Redo = Annotated[
+    str | None, typer.Option(metavar="STAGE", help="do a stage again; what stands there is kept aside, numbered")
+]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, <storage>/<name>")]
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
+    """Prepare, teach, train and evaluate, skipping what is complete."""
+    _stages(load_config(config, overrides), STAGES, redo)
+
+
+@app.command()
+def prepare(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
+    """Turn your files into data shards."""
+    _stages(load_config(config, overrides), ("prepare",), redo)
+
+
+@app.command()
+def teach(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
+    """Run the teacher once over train and validation; keep its logits."""
+    _stages(load_config(config, overrides), ("teach",), redo)
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
+    """Train the student from the cache."""
+    _stages(load_config(config, overrides), ("train",), redo)
+
+
+@app.command()
+def evaluate(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
+    """Compare teacher, student and control on the test set."""
+    _stages(load_config(config, overrides), ("evaluate",), redo)
+
+
+@app.command()
+def demo(
+    storage: Annotated[Path, typer.Option(help="folder for the demo's input and run")] = Path("runs"),
+) -> None:
+    """The whole way on generated support tickets: CPU only, no network, about two minutes."""
+    from raydistill.demo import demo_config
+
+    _stages(demo_config(storage.resolve()), STAGES, None)
+
+
+@app.command()
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check everything that needs no worker, and say what a run will cost. Writes nothing."""
+    from raydistill.stages.pipeline import plan as make_plan
+
+    for line in make_plan(load_config(config, overrides), Progress(out.print)).lines():
+        out.print(line)
+
+
+@app.command()
+def status(run_folder: RunFolder) -> None:
+    """Say what is complete, what is next, and the command that goes on."""
+    from raydistill.stages.status import next_stage, standings
+
+    found_run = find_run(run_folder)
+    config = load_config(found_run.store.local("config.yaml"))
+    found = standings(found_run)
+    table = Table("part", "stage", "state", "", box=None)
+    for standing in found:
+        table.add_row(standing.part, standing.stage, standing.state, standing.detail)
+    out.print(table)
+    following = next_stage(found, fine_tunes=config.teacher.fine_tune is not None, has_control=config.evaluate.control)
+    if following is None:
+        out.print(f"complete; the report is {found_run.store.where('report/report.html')}")
+    else:
+        out.print(f"next is {following}: raydistill run {shlex.quote(found_run.store.where('config.yaml'))}")
+
+
+@app.command(name="verify")
+def verify_run(
+    run_folder: RunFolder,
+    repair: Annotated[bool, typer.Option(help="set aside what is damaged, to be made again")] = False,
+) -> None:
+    """Re-read every committed file and compare it with its sha256."""
+    checked, findings = verify(find_run(run_folder), repair=repair)
+    for finding in findings:
+        out.print(f"{finding.file}: {finding.problem}")
+    if not findings:
+        out.print(f"{checked} files are intact")
+        return
+    after = (
+        "Set aside; run the same config again to make them anew"
+        if repair
+        else "Run verify with --repair, then the config again"
+    )
+    raise UserError(f"{run_folder}: {len(findings)} of {checked} files are damaged. {after}")
+
+
+@app.command()
+def gc(run_folder: RunFolder, dry_run: Annotated[bool, typer.Option(help="only list")] = False) -> None:
+    """Remove temporary files and what was set aside."""
+    from raydistill.record.lock import run_lock
+
+    found = find_run(run_folder)
+    with run_lock(found.store):
+        names = leftovers(found)
+        total = sum(found.store.size(name) for name in names)
+        for name in names:
+            out.print(name) if dry_run else found.store.remove(name)
+    out.print(f"{'would remove' if dry_run else 'removed'} {len(names)} files, {size(total)}")
+
+
+def _stages(config: Config, stages: tuple[str, ...], redo: str | None) -> None:
+    """Does the stages and prints what came out of them."""
+    from raydistill.stages.pipeline import run_stages
+
+    if redo and redo not in STAGES:
+        raise UserError(f"--redo: found {redo!r}; it takes one of {', '.join(STAGES)}")
+    report = run_stages(config, stages, Progress(out.print), redo=redo)
+    folder = f"{config.storage.rstrip('/')}/{config.name}"
+    if report is not None:
+        print_report(report)
+        out.print(f"report: {folder}/report/report.html\nstudent: {folder}/student")
+    else:
+        out.print(f"done; raydistill status {shlex.quote(folder)} says what is next")
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """The comparison as a table, and the verdict under it."""
+    from raydistill.report.page import table as report_table
+    from raydistill.report.page import verdict
+
+    header, rows = report_table(report)
+    table = Table(*header, box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    for line in verdict(report):
+        out.print(line)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script and the jobs' entry: runs a command and ends the process with its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    sys.exit(_main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
+    try:
+        app(args=arguments, standalone_mode=False)
+    except UserError as error:
+        err.print(f"error: {error}", markup=False)
+        return 2
+    except typer._click.exceptions.ClickException as error:
+        err.print(f"error: {error.format_message()}. See raydistill --help", markup=False)
+        return 2
+    except Interrupted as interrupted:
+        command = shlex.join(["raydistill", *arguments])
+        err.print(f"stopped by {interrupted}; what is committed stays. Go on with: {command}", markup=False)
+        return interrupted.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0

@@ -1,0 +1,236 @@
+"""Every setting of a run: its default, its bounds and what it means.
+
+A default lives on its field and nowhere else. A field marked `Speed` changes how fast a result comes and not the
+result, so it stays out of every fingerprint (see `identity`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+Metric = Literal["accuracy", "macro_f1", "nll", "kl", "agreement"]
+TeacherMetrics = ("kl", "agreement")
+
+
+def Speed(default: Any, **bounds: Any) -> Any:
+    """A Field that changes speed or robustness only and therefore stays out of fingerprints."""
+    return Field(default, json_schema_extra={"speed": True}, **bounds)
+
+
+class Section(BaseModel):
+    """One block of settings: closed, frozen, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), strict=False)
+
+
+class Data(Section):
+    """Where rows come from and how they become shards."""
+
+    train: str = Field(min_length=1, description="a file, a glob, s3://…, gs://… or hf://dataset")
+    validation: float | str = Field(0.1, description="a stratified share of train (0 < share < 0.5), or a source")
+    test: str = Field(min_length=1, description="read by evaluate alone")
+    text: str = Field("text", min_length=1, description="the column that holds the text")
+    label: str = Field("label", min_length=1, description="the column that holds the label's name")
+    delimiter: str = Field(",", min_length=1, max_length=1, description="of CSV files")
+    max_length: int = Field(128, ge=2, le=131_072, description="tokens a row may have; longer rows are truncated")
+    max_row_bytes: int = Field(1 << 20, ge=1, description="rows with a longer text are dropped and counted")
+    max_dropped: float = Field(
+        0.1, ge=0, le=1, description="share of a split's rows that may be dropped before it is an error"
+    )
+    shard_rows: int = Field(4096, ge=1, le=1 << 20, description="rows of every shard but the last of a split")
+    split_seed: int = Field(0, ge=0, description="draws the validation rows")
+
+    @field_validator("validation")
+    @classmethod
+    def _share_is_sensible(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 < value < 0.5:
+            raise ValueError("a share must be above 0 and below 0.5; or give a path")
+        return value
+
+
+class DeepSpeed(Section):
+    """What is handed to DeepSpeed; none of it changes what is computed, only where it is kept."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = Field(False, description="keep optimiser state in host memory (zero_stage >= 1)")
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> DeepSpeed:
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3")
+        return self
+
+
+class Training(Section):
+    """Settings of one training: of the student, of its control, or of a teacher that is fine-tuned here."""
+
+    epochs: int = Field(10, ge=1, le=100_000)
+    batch_size: int = Field(32, ge=1, description="global: rows per optimiser step over all workers and micro-batches")
+    learning_rate: float = Field(5e-4, gt=0, le=10)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="of matrices; biases and norms have none")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    precision: Precision = Field("auto", description="auto: bf16 where the device gains from it, else fp32")
+    seed: int = Field(0, ge=0, description="of initial weights, dropout and the order of rows")
+    metric: Metric = Field("accuracy", description="of validation; chooses the best checkpoint")
+    validate_every: int | None = Field(None, ge=1, description="steps between validations; absent: once an epoch")
+    patience: int | None = Field(None, ge=1, description="validations without improvement before stopping")
+    accumulation: int = Speed(1, ge=1, description="micro-batches per optimiser step and worker")
+    gradient_checkpointing: bool = Speed(False)
+    checkpoint_every: int | None = Speed(None, ge=1, description="steps between checkpoints; absent: at validations")
+    log_every: int = Speed(10, ge=1, description="steps between points of the training curves")
+    workers: int = Speed(1, ge=1, le=4096)
+    cpus_per_worker: int | None = Speed(None, ge=1, description="absent: what the cluster has, shared evenly")
+    max_failures: int = Speed(2, ge=0, description="times a lost worker is replaced before the run stops")
+    deepspeed: DeepSpeed = Speed(DeepSpeed())
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Training:
+        if self.batch_size < self.workers * self.accumulation:
+            raise ValueError(
+                f"batch_size {self.batch_size} is global and must be at least workers x accumulation"
+                f" = {self.workers * self.accumulation}"
+            )
+        return self
+
+
+class FineTune(Training):
+    """The teacher's own training, with labels alone."""
+
+    epochs: int = Field(4, ge=1, le=100_000)
+    learning_rate: float = Field(2e-4, gt=0, le=10)
+
+    @model_validator(mode="after")
+    def _has_no_teacher(self) -> FineTune:
+        if self.metric in TeacherMetrics:
+            raise ValueError(f"metric {self.metric} compares with a teacher and a teacher has none; use accuracy")
+        return self
+
+
+class Teacher(Section):
+    """The large model and the cache of its outputs."""
+
+    model: str = Field(min_length=1, description="a folder or a hub id; safetensors weights")
+    revision: str | None = Field(None, description="of a hub id")
+    fine_tune: FineTune | None = Field(None, description="absent: the teacher is used as it is")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the forward pass")
+    codec: Literal["dense-float16", "dense-int8"] = Field("dense-float16", description="2 or 1 byte per class and row")
+    cache_from: str | None = Field(None, description="another run's folder, whose data and cache are used")
+    actors: int | None = Speed(None, ge=1, description="absent: as many as the cluster has room for")
+    cpus_per_actor: int = Speed(1, ge=1)
+    tokens_per_batch: int | None = Speed(None, ge=1, description="absent: 512 on CPU, 16384 on GPU")
+
+
+class Student(Section):
+    """The small model and where its first weights come from."""
+
+    init: Literal["teacher_layers", "pretrained", "config"] = "teacher_layers"
+    layers: tuple[int, ...] | None = Field(
+        None, description="teacher_layers: which, counted from 0; absent: every other one"
+    )
+    model: str | None = Field(None, description="pretrained: a folder or a hub id")
+    revision: str | None = None
+    model_type: str = Field("bert", description="config: the architecture's name in transformers")
+    hidden_size: int | None = Field(None, ge=1, description="config")
+    num_layers: int | None = Field(None, ge=1, description="config")
+    num_heads: int | None = Field(None, ge=1, description="config; absent: one for every 64 of hidden_size")
+    feed_forward: int | None = Field(None, ge=1, description="config; absent: 4 x hidden_size")
+    dropout: float | None = Field(None, ge=0, lt=1, description="absent: the architecture's own")
+
+    @model_validator(mode="after")
+    def _settings_fit_init(self) -> Student:
+        needed = {"pretrained": ("model",), "config": ("hidden_size", "num_layers"), "teacher_layers": ()}[self.init]
+        foreign = {
+            "pretrained": ("layers", "hidden_size", "num_layers", "num_heads", "feed_forward"),
+            "config": ("layers", "model", "revision"),
+            "teacher_layers": ("model", "revision", "hidden_size", "num_layers", "num_heads", "feed_forward"),
+        }[self.init]
+        for name in needed:
+            if getattr(self, name) is None:
+                raise ValueError(f"init: {self.init} needs {name}")
+        for name in foreign:
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} means nothing with init: {self.init}; remove it")
+        if self.layers is not None and (
+            not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0
+        ):
+            raise ValueError(f"layers must be rising numbers from 0, found {list(self.layers)}")
+        if self.hidden_size and self.num_heads and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class Loss(Section):
+    """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy with the labels."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+    temperature: float = Field(4.0, gt=0, le=1000)
+    alpha: float = Field(0.9, ge=0, le=1)
+
+
+class Train(Training):
+    """The student's training; its control takes the same settings with alpha 0."""
+
+    loss: Loss = Loss()
+
+
+class Evaluate(Section):
+    """The proof."""
+
+    control: bool = Field(True, description="train and compare the same student without the teacher")
+    bootstrap: int = Field(2000, ge=100, le=1_000_000, description="resamples behind the 95 % intervals")
+    seed: int = Field(0, ge=0, description="of the resamples")
+    latency_requests: int = Field(256, ge=16, description="single requests timed per model")
+    threads: int = Field(1, ge=1, description="of the timed requests")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of all models that are compared")
+
+
+class Cluster(Section):
+    """Which Ray cluster; under `ray job submit` the job's own cluster is used whatever stands here."""
+
+    address: str = Field("local", min_length=1, description="local, or an address that ray.init takes")
+    cpus: int | None = Field(None, ge=1, description="of a local cluster; absent: what the process may use")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(description="the run's folder below storage")
+    storage: str = Field("runs", min_length=1, description="a folder, s3://bucket/prefix or another fsspec URL")
+    task: Literal["classification"] = "classification"
+    data: Data
+    teacher: Teacher
+    student: Student = Student()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    cluster: Annotated[Cluster, Field(json_schema_extra={"speed": True})] = Cluster()
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not RUN_NAME.fullmatch(value) or value.upper() in {"CON", "PRN", "AUX", "NUL"}:
+            raise ValueError("a run name is a plain name of letters, digits, '.', '_' and '-', at most 64, no path")
+        return value
+
+
+def identity(section: Section, *, skip: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The settings of a section that determine its result: nested, JSON types, without those marked `Speed`."""
+    result: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if name in skip or (isinstance(extra, dict) and extra.get("speed")):
+            continue
+        value = getattr(section, name)
+        result[name] = identity(value) if isinstance(value, Section) else _plain(value)
+    return result
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,70 @@
+"""Which texts stand in the data more than once: within train, and across the splits.
+
+Texts are compared without case and with runs of white space as one space, by a 64-bit hash. The hashes are kept on
+disk in buckets, so that memory stays flat for any number of rows; two different texts with one hash are expected once
+in 10^8 rows or so, which a report may bear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+BUCKETS = 64
+BUFFER_ROWS = 1 << 16
+ROW = np.dtype([("text", "<u8"), ("split", "u1"), ("label", "<i4")])
+
+
+class TextIndex:
+    """Takes every row once, then tells what stands twice."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="raydistill-texts-")
+        self._buffer = np.empty(BUFFER_ROWS, ROW)
+        self._used = 0
+
+    def add(self, text: str, split: str, label: int) -> None:
+        hashed = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest()
+        self._buffer[self._used] = (int.from_bytes(hashed, "little"), SPLITS.index(split), label)
+        self._used += 1
+        if self._used == BUFFER_ROWS:
+            self._spill()
+
+    def _spill(self) -> None:
+        rows = self._buffer[: self._used]
+        bucket = rows["text"] >> np.uint64(58)
+        for number in np.unique(bucket):
+            with open(Path(self._folder.name) / str(number), "ab") as file:
+                file.write(rows[bucket == number].tobytes())
+        self._used = 0
+
+    def report(self) -> dict[str, int]:
+        """Counts of repeated rows; the index is closed by it."""
+        self._spill()
+        counts = {
+            "train_rows_repeating_another": 0,
+            "texts_with_two_labels": 0,
+            "validation_rows_also_in_train": 0,
+            "test_rows_also_in_train": 0,
+        }
+        for path in sorted(Path(self._folder.name).iterdir()):
+            _count_bucket(np.fromfile(path, ROW), counts)
+        self._folder.cleanup()
+        return counts
+
+
+def _count_bucket(rows: np.ndarray, counts: dict[str, int]) -> None:
+    assert BUCKETS == 1 << 6
+    rows = rows[np.argsort(rows["text"], kind="stable")]
+    starts = np.flatnonzero(np.r_[True, rows["text"][1:] != rows["text"][:-1]])
+    group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(rows)]))
+    in_train = np.bincount(group[rows["split"] == 0], minlength=len(starts))
+    lowest, highest = np.minimum.reduceat(rows["label"], starts), np.maximum.reduceat(rows["label"], starts)
+    counts["train_rows_repeating_another"] += int(np.maximum(in_train - 1, 0).sum())
+    counts["texts_with_two_labels"] += int((lowest != highest).sum())
+    for number, name in ((1, "validation"), (2, "test")):
+        counts[f"{name}_rows_also_in_train"] += int((in_train[group[rows["split"] == number]] > 0).sum())

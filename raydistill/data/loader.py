@@ -1,0 +1,151 @@
+"""A worker's batches: tokens, labels and the teacher's logits of its rows, joined by row id, read ahead.
+
+Shapes: N rows, K classes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raydistill.cache.shards import LogitShard, read_logits
+from raydistill.data.order import epoch_batches
+from raydistill.data.shards import read_shard
+from raydistill.data.tokens import Tokens, pack_by_length, pad, tokenise
+from raydistill.errors import UserError
+from raydistill.record.commit import Entry, Manifest
+from raydistill.record.store import Store
+from raydistill.targets import TeacherTargets
+
+HELD_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one micro-batch; `rows` counts those that are real (a rank without rows gets one of weight 0)."""
+
+    inputs: dict[str, torch.Tensor]
+    labels_N: torch.Tensor
+    teacher: TeacherTargets | None
+    rows: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as training needs it."""
+
+    tokens: Tokens
+    labels_N: npt.NDArray[np.int64]
+    logits_NK: npt.NDArray[np.float32] | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.labels_N.nbytes + (0 if self.logits_NK is None else self.logits_NK.nbytes)
+
+
+class Split:
+    """One split of the data with its share of the teacher's cache; the shards used last are held in memory."""
+
+    def __init__(
+        self, store: Store, split: str, data: Manifest, cache: Manifest | None, *, tokenizer: Any, max_length: int
+    ) -> None:
+        self._store, self._cache, self._tokenizer, self._max_length = store, cache, tokenizer, max_length
+        self.entries = data.shards(split)
+        self._logits = pair_entries(self.entries, cache.shards(split)) if cache else [None] * len(self.entries)
+        self.shard_rows = [entry.rows for entry in self.entries]
+        self.rows = sum(self.shard_rows)
+        self._held: OrderedDict[int, Future[Shard]] = OrderedDict()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
+
+    def shard(self, number: int) -> Shard:
+        self.read_ahead([number])
+        self._held.move_to_end(number)
+        shard = self._held[number].result()
+        self._release(number)
+        return shard
+
+    def read_ahead(self, numbers: list[int]) -> None:
+        """Starts reading shards in the background."""
+        for number in numbers:
+            if number not in self._held:
+                self._held[number] = self._reader.submit(self._load, number)
+
+    def _release(self, keep: int) -> None:
+        done = {n: f.result().nbytes for n, f in self._held.items() if f.done()}
+        total = sum(done.values())
+        for number, size in done.items():
+            if total <= HELD_BYTES or number == keep:
+                return
+            del self._held[number]
+            total -= size
+
+    def _load(self, number: int) -> Shard:
+        rows = read_shard(self._store, self.entries[number])
+        logits = None
+        if (entry := self._logits[number]) is not None:
+            assert self._cache is not None
+            logits = self._join(rows.row_ids_N, read_logits(self._store, "teacher/cache", entry, self._cache), entry)
+        tokens = tokenise(self._tokenizer, rows.texts, self._max_length)
+        return Shard(tokens, rows.labels_N.astype(np.int64), logits)
+
+    def _join(self, row_ids_N: npt.NDArray[np.int64], cached: LogitShard, entry: Entry) -> npt.NDArray[np.float32]:
+        if not np.array_equal(row_ids_N, cached.row_ids_N):
+            where = self._store.where(f"teacher/cache/{entry.file}")
+            raise UserError(f"{where}: holds other rows than its data shard. Score again with --redo teach")
+        return cached.logits_NK
+
+    def batch(self, places: npt.NDArray[np.int64], rows: int | None = None) -> Batch:
+        """The batch of these (shard, row) pairs."""
+        shards = {int(n): self.shard(int(n)) for n in np.unique(places[:, 0])}
+        tokens = [shards[int(s)].tokens.row(int(r)) for s, r in places]
+        labels = torch.from_numpy(np.array([shards[int(s)].labels_N[r] for s, r in places]))
+        teacher = None
+        if self._cache is not None:
+            logits = np.stack([shards[int(s)].logits_NK[r] for s, r in places])  # type: ignore[index]
+            teacher = TeacherTargets(torch.from_numpy(logits))
+        return Batch(pad(tokens, self._tokenizer.pad_token_id), labels, teacher, len(places) if rows is None else rows)
+
+    def training_steps(
+        self, *, seed: int, epoch: int, batch_size: int, first_step: int, rank: int, world: int, accumulation: int
+    ) -> Iterator[tuple[int, Callable[[], Iterator[Batch]]]]:
+        """(global row count, this rank's micro-batches) of every step of an epoch from first_step on."""
+        order = epoch_batches(self.shard_rows, seed=seed, epoch=epoch, batch_size=batch_size, first_step=first_step)
+        for places, following in order:
+            self.read_ahead(following)
+            yield len(places), lambda places=places: self._micro_batches(places, rank, world, accumulation)
+
+    def _micro_batches(
+        self, places: npt.NDArray[np.int64], rank: int, world: int, accumulation: int
+    ) -> Iterator[Batch]:
+        for micro in range(accumulation):
+            part = np.array_split(places, world * accumulation)[rank * accumulation + micro]
+            yield self.batch(part) if len(part) else self.batch(places[:1], rows=0)
+
+    def length_batches(self, tokens_per_batch: int) -> Iterator[Batch]:
+        """Every row once, shard by shard, packed by length."""
+        for number in range(len(self.entries)):
+            for rows in pack_by_length(self.shard(number).tokens.lengths_N, tokens_per_batch):
+                yield self.batch(np.stack([np.full(len(rows), number), rows], axis=1))
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+
+def pair_entries(data: list[Entry], cache: list[Entry]) -> list[Entry]:
+    """The cache's shard of every data shard. Raises UserError when one is missing or has another number of rows."""
+    by_name = {entry.file: entry for entry in cache}
+    for entry in data:
+        other = by_name.get(entry.file)
+        if other is None or other.rows != entry.rows:
+            found = "none" if other is None else f"one of {other.rows} rows"
+            raise UserError(
+                f"teacher/cache/{entry.file}: expected a shard of {entry.rows} rows, found {found}. Use --redo teach"
+            )
+    return [by_name[entry.file] for entry in data]

@@ -1,0 +1,97 @@
+"""Data shards: a fixed number of rows each, written once in order, read whole.
+
+Columns: row_id (the row's ordinal over train, validation and test), text, label (class number), and where the row came
+from (source_file, source_row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raydistill.data.sources import Row
+from raydistill.record.commit import Entry, commit_shard, committed_shard, shard_name, verified
+from raydistill.record.store import Store
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.int64(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("source_file", pa.int32(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+    ]
+)
+
+
+class ShardWriter:
+    """Takes the rows of one split in order and commits a shard whenever one is full; keeps those that stand."""
+
+    def __init__(self, store: Store, split: str, *, first_row_id: int, shard_rows: int, fingerprint: str) -> None:
+        self._store, self._split, self._fingerprint = store, split, fingerprint
+        self._next_row_id, self._shard_rows = first_row_id, shard_rows
+        self._rows: list[tuple[str, int, int, int]] = []
+        self.entries: list[Entry] = []
+
+    def add(self, row: Row, label: int) -> None:
+        self._rows.append((row.text, label, row.file, row.number))
+        if len(self._rows) == self._shard_rows:
+            self._commit()
+
+    def close(self) -> list[Entry]:
+        """Commits what is left; the split's entries."""
+        if self._rows:
+            self._commit()
+        return self.entries
+
+    def _commit(self) -> None:
+        name = f"data/{shard_name(self._split, len(self.entries))}"
+        entry = committed_shard(self._store, name, self._fingerprint)
+        self.entries.append(entry or self._write(name))
+        self._next_row_id += len(self._rows)
+        self._rows = []
+
+    def _write(self, name: str) -> Entry:
+        row_ids = np.arange(self._next_row_id, self._next_row_id + len(self._rows))
+        columns = [
+            pa.array(row_ids),
+            *(pa.array(c, f.type) for c, f in zip(zip(*self._rows, strict=True), SCHEMA.remove(0), strict=True)),
+        ]
+        staged = self._store.staging(name)
+        pq.write_table(
+            pa.Table.from_arrays(columns, schema=SCHEMA),
+            staged,
+            compression="zstd",
+            write_page_checksum=True,
+            store_schema=False,
+        )
+        return commit_shard(self._store, staged, name, rows=len(self._rows), fingerprint=self._fingerprint)
+
+
+@dataclass(frozen=True)
+class DataShard:
+    """The rows of one shard, N of them."""
+
+    name: str
+    row_ids_N: npt.NDArray[np.int64]
+    texts: list[str]
+    labels_N: npt.NDArray[np.int32]
+
+
+def read_shard(store: Store, entry: Entry) -> DataShard:
+    """A committed data shard. Raises UserError when the file is not what the manifest says."""
+    with store.input(verified(store, "data", entry)) as source:
+        table = pq.ParquetFile(source).read(columns=["row_id", "text", "label"], use_threads=False)
+        row_ids, labels = (np.array(table.column(name).to_numpy()) for name in ("row_id", "label"))
+        return DataShard(entry.file, row_ids, table.column("text").to_pylist(), labels)
+
+
+def read_split(store: Store, entries: list[Entry]) -> Iterator[DataShard]:
+    """The shards of a split, one at a time."""
+    for entry in entries:
+        yield read_shard(store, entry)

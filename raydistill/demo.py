@@ -1,0 +1,68 @@
+"""The demo: support tickets, a teacher that starts from a new small BERT, a student more than ten times smaller.
+
+It needs no network and no GPU: tickets and tokenizer are made here.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from raydistill.config import Config
+from raydistill.config_file import validate
+from raydistill.tickets import write_tickets
+
+VOCABULARY = 2000
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def demo_config(storage: Path, *, train_rows: int = 4000, test_rows: int = 2000) -> Config:
+    """Writes the demo's tickets and starting model below `storage`/demo-input; the configuration of its run."""
+    folder = storage / "demo-input"
+    train, test = write_tickets(folder, train_rows=train_rows, test_rows=test_rows)
+    with open(train, newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    write_new_bert(folder / "model", texts, hidden_size=192, layers=4, heads=3, vocabulary=VOCABULARY)
+    settings = {
+        "name": "demo",
+        "storage": str(storage),
+        "data": {"train": str(train), "test": str(test), "label": "category", "max_length": 96, "shard_rows": 1024},
+        "teacher": {
+            "model": str(folder / "model"),
+            "fine_tune": {"epochs": 8, "learning_rate": 1.0e-3},
+            "codec": "dense-int8",
+        },
+        "student": {"init": "config", "hidden_size": 48, "num_layers": 2, "num_heads": 2, "dropout": 0.05},
+        "train": {"epochs": 12, "learning_rate": 4.0e-3, "loss": {"temperature": 3.0, "alpha": 0.8}},
+    }
+    return validate(settings, {}, "demo")
+
+
+def write_new_bert(
+    folder: Path,
+    texts: list[str],
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    vocabulary: int,
+    positions: int = 128,
+    seed: int = 0,
+) -> None:
+    """A BERT encoder with new weights and a WordPiece tokenizer trained on these texts, in Hugging Face form."""
+    import torch
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    pieces = BertWordPieceTokenizer(lowercase=True)
+    pieces.train_from_iterator(
+        texts, vocab_size=vocabulary, min_frequency=2, special_tokens=SPECIAL, show_progress=False
+    )
+    tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer)
+    tokenizer.save_pretrained(str(folder))
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=layers, num_attention_heads=heads,
+        intermediate_size=4 * hidden_size, max_position_embeddings=positions,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(str(folder))

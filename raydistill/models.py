@@ -1,0 +1,276 @@
+"""Teacher and student: find, check, build, load and save Hugging Face classifiers.
+
+Weights are read from safetensors alone; repositories with code of their own (`auto_map`) are refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raydistill.data.tokens import load_tokenizer
+from raydistill.errors import UserError
+from raydistill.record.fingerprint import digest
+from raydistill.record.store import sha256_file
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model",
+)  # fmt: skip
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+DROPOUT_SETTINGS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "dropout", "attention_dropout",
+    "embedding_dropout", "mlp_dropout", "seq_classif_dropout",
+)  # fmt: skip
+MIN_POSITIONS = 128
+
+
+def find_model(setting: str, model: str, revision: str | None = None) -> Path:
+    """The local folder of a model, fetched from the hub when it is a hub id, and checked to be safe to load.
+
+    Raises UserError when it is not there, has no safetensors weights, or brings code.
+    """
+    if os.path.isabs(model) or os.path.isdir(model):
+        folder = Path(model)
+        if not folder.is_dir():
+            raise UserError(f"{setting}: {model}: no such folder. Give a model's folder or a hub id")
+    else:
+        folder = _from_hub(setting, model, revision)
+    _check_folder(setting, folder)
+    return folder
+
+
+def _from_hub(setting: str, model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises many kinds, from bad names to network errors
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{setting}: {model}: is no folder here and the hub gives none ({first})") from None
+
+
+def _check_folder(setting: str, folder: Path) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{setting}: {folder}: has no config.json. Give the folder that save_pretrained wrote")
+    try:
+        facts = json.loads(config.read_text())
+    except ValueError:
+        raise UserError(f"{setting}: {config}: is not JSON. Save the model again") from None
+    if "auto_map" in facts:
+        raise UserError(f"{setting}: {folder}: brings code of its own (auto_map in config.json), which is never run")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{setting}: {folder}: has no safetensors weights. Save it with save_pretrained again")
+
+
+def model_identity(folder: Path) -> dict[str, str]:
+    """sha256 of a model's weights, configuration and tokenizer: what a fingerprint holds of it."""
+    weights = {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+    tokenizer = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
+    return {
+        "weights_sha256": digest(weights),
+        "config_sha256": sha256_file(folder / "config.json"),
+        "tokenizer_sha256": digest(tokenizer),
+    }
+
+
+def load_classifier(setting: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The classifier in a folder, in eval mode. Raises UserError when it does not load."""
+    from transformers import AutoModelForSequenceClassification
+
+    return _load(setting, folder, AutoModelForSequenceClassification, dtype=dtype).eval()
+
+
+def start_classifier(setting: str, folder: Path, labels: list[str]) -> Any:
+    """A pretrained model with a head for these labels; a head that does not fit is new. Call torch.manual_seed first."""
+    from transformers import AutoModelForSequenceClassification
+
+    id2label, label2id = label_maps(labels)
+    return _load(
+        setting, folder, AutoModelForSequenceClassification, dtype=torch.float32, num_labels=len(labels),
+        id2label=id2label, label2id=label2id, ignore_mismatched_sizes=True,
+    )  # fmt: skip
+
+
+def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(
+            str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+        )
+    except Exception as error:  # transformers raises many kinds for a broken folder
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{setting}: {folder}: does not load as a classifier ({first})") from None
+
+
+def label_maps(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
+    return dict(enumerate(labels)), {name: number for number, name in enumerate(labels)}
+
+
+def label_order(setting: str, folder: Path, labels: list[str]) -> list[int]:
+    """The model's output for each of the data's labels, matched by name.
+
+    Raises UserError, with a name that differs, when the two sets of names are not the same.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    names = {int(number): str(name) for number, name in config.get("id2label", {}).items()}
+    if sorted(names.values()) != sorted(labels):
+        ours, theirs = sorted(set(labels) - set(names.values())), sorted(set(names.values()) - set(labels))
+        raise UserError(
+            f"{setting}: {folder}: its labels are not the data's: the data have {len(labels)} ({_some(ours)} unknown to it),"
+            f" it has {len(names)} ({_some(theirs)} unknown to the data). Set teacher.fine_tune, or rename its id2label"
+        )
+    return [{name: number for number, name in names.items()}[label] for label in labels]
+
+
+def _some(names: list[str]) -> str:
+    return (", ".join(repr(n) for n in names[:2]) + (" …" if len(names) > 2 else "")) or "none"
+
+
+def positions(folder: Path) -> int | None:
+    """The longest input that a model takes, where its configuration says so."""
+    config = json.loads((folder / "config.json").read_text())
+    longest = config.get("max_position_embeddings")
+    # RoBERTa and its kin count positions from the padding id on.
+    offset = (
+        config.get("pad_token_id", 0) + 1 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else 0
+    )
+    return None if longest is None or longest < 0 else longest - offset
+
+
+def check_length(setting: str, folder: Path, max_length: int) -> None:
+    """Raises UserError when rows may be longer than the model takes."""
+    longest = positions(folder)
+    if longest is not None and max_length > longest:
+        raise UserError(f"data.max_length: found {max_length}, {setting} {folder} takes at most {longest}. Lower it")
+
+
+def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float | None) -> Any:
+    """A student made of some of the teacher's layers, its embeddings and its head (DistilBERT, arXiv:1910.01108, section 2).
+
+    Raises UserError when the architecture has no one stack of layers, or a layer is not there.
+    """
+    count = teacher.config.num_hidden_layers
+    chosen = list(range(1, count, 2)) or [0] if layers is None else layers
+    if chosen[-1] >= count:
+        raise UserError(f"student.layers: found {chosen[-1]}, the teacher's layers are 0 to {count - 1}")
+    stack = _layer_stack(teacher, count)
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(chosen)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in chosen]
+    set_dropout(config, dropout)
+    student = type(teacher)(config)
+    weights = {}
+    for name, value in teacher.state_dict().items():
+        if not name.startswith(f"{stack}."):
+            weights[name] = value
+            continue
+        number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+        if int(number) in chosen:
+            weights[f"{stack}.{chosen.index(int(number))}.{rest}"] = value
+    student.load_state_dict(weights)
+    return student
+
+
+def _layer_stack(model: Any, count: int) -> str:
+    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise UserError(
+            f"student.init: teacher_layers: {type(model).__name__} has {len(found)} stacks of {count} layers, expected one."
+            " Use init: config or init: pretrained"
+        )
+    return found[0]
+
+
+def student_from_config(settings: Any, tokenizer: Any, labels: list[str], max_length: int) -> Any:
+    """A new student with the sizes in the `student` section. Call torch.manual_seed first.
+
+    Raises UserError when transformers has no such architecture or it does not take these sizes.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    id2label, label2id = label_maps(labels)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": settings.hidden_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads or max(1, settings.hidden_size // 64),
+        "intermediate_size": settings.feed_forward or 4 * settings.hidden_size,
+        "max_position_embeddings": max(MIN_POSITIONS, max_length + 2),
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        config = AutoConfig.for_model(settings.model_type, **sizes, id2label=id2label, label2id=label2id)
+        set_dropout(config, settings.dropout)
+        return AutoModelForSequenceClassification.from_config(config)
+    except (ValueError, KeyError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"student.model_type: {settings.model_type!r} cannot be built with these sizes ({first})"
+        ) from None
+
+
+def set_dropout(config: Any, dropout: float | None) -> None:
+    """Every dropout of an architecture's configuration, when one is given."""
+    if dropout is not None:
+        for name in DROPOUT_SETTINGS:
+            if hasattr(config, name):
+                setattr(config, name, dropout)
+
+
+def build_student(
+    settings: Any, *, teacher_folder: Path, labels: list[str], max_length: int, seed: int
+) -> tuple[Any, Any]:
+    """The student with its first weights, and its tokenizer, as the `student` section says; the same for the same seed."""
+    torch.manual_seed(seed)
+    if settings.init == "pretrained":
+        folder = find_model("student.model", settings.model, settings.revision)
+        student = start_classifier("student.model", folder, labels)
+        tokenizer = load_tokenizer(folder, "student.model")
+        for module in student.modules():
+            if settings.dropout is not None and isinstance(module, torch.nn.Dropout):
+                module.p = settings.dropout
+        set_dropout(student.config, settings.dropout)
+        return student, tokenizer
+    tokenizer = load_tokenizer(teacher_folder, "teacher.model")
+    if settings.init == "config":
+        return student_from_config(settings, tokenizer, labels, max_length), tokenizer
+    teacher = load_classifier("teacher.model", teacher_folder)
+    layers = list(settings.layers) if settings.layers else None
+    student = student_from_layers(teacher, layers, settings.dropout)
+    order = label_order("teacher.model", teacher_folder, labels)
+    _reorder_head(student, order)
+    student.config.id2label, student.config.label2id = label_maps(labels)
+    return student, tokenizer
+
+
+def _reorder_head(model: Any, order: list[int]) -> None:
+    """Puts the rows of the last linear layer, the head, into the order of the data's labels."""
+    if order == list(range(len(order))):
+        return
+    head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(order)][-1]
+    with torch.no_grad():
+        head.weight.copy_(head.weight[order])
+        if head.bias is not None:
+            head.bias.copy_(head.bias[order])
+
+
+def save_classifier(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes a model in Hugging Face form: config, safetensors, tokenizer."""
+    model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
+    tokenizer.save_pretrained(str(folder))
+
+
+def count_parameters(model: Any) -> int:
+    """Different parameters; tied ones count once."""
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())

@@ -1,0 +1,142 @@
+"""Staged -> committed: sidecars that commit a shard, manifests that commit a stage or a folder of files.
+
+A shard's sidecar is written after the shard and names its sha256, size, rows and the fingerprint of the plan that it
+belongs to. `MANIFEST.json` comes last of all and readers open only what it lists. Going on after a stop reads, keeps
+what verifies and makes the rest again; nothing is deleted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from raydistill.errors import UserError
+from raydistill.record.fingerprint import SCHEMA, seal, unseal
+from raydistill.record.store import Store, sha256_file
+
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One committed file: its name within the stage's folder and what it must be."""
+
+    file: str
+    sha256: str
+    size: int
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stage or a folder holds, once it is complete."""
+
+    fingerprint: str
+    files: tuple[Entry, ...]
+    facts: dict[str, Any]
+
+    def shards(self, split: str) -> list[Entry]:
+        return [entry for entry in self.files if entry.file.startswith(f"{split}-") and entry.file.endswith(".parquet")]
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.parquet"
+
+
+def sidecar_name(name: str) -> str:
+    return f"{name.removesuffix('.parquet')}.json"
+
+
+def commit_shard(store: Store, staged: Path, name: str, *, rows: int, fingerprint: str) -> Entry:
+    """Verifies a staged Parquet file, publishes it and commits it by its sidecar; the entry for the manifest."""
+    with pq.ParquetFile(staged, page_checksum_verification=True) as file:
+        assert sum(batch.num_rows for batch in file.iter_batches()) == rows, f"{staged} has not {rows} rows"
+    entry = Entry(Path(name).name, sha256_file(staged), staged.stat().st_size, rows)
+    store.publish(staged, name)
+    store.write(sidecar_name(name), seal({**asdict(entry), "fingerprint": fingerprint, "schema": SCHEMA}))
+    return entry
+
+
+def committed_shard(store: Store, name: str, fingerprint: str) -> Entry | None:
+    """The entry of a shard that was committed under this fingerprint and is intact; None when it must be made (again)."""
+    sidecar = sidecar_name(name)
+    if not store.exists(sidecar) or not store.exists(name):
+        return None
+    try:
+        facts = unseal(store.read(sidecar), store.where(sidecar))
+    except UserError:
+        return None
+    entry = Entry(facts["file"], facts["sha256"], facts["size"], facts["rows"])
+    if facts["fingerprint"] != fingerprint or store.size(name) != entry.size or store.sha256(name) != entry.sha256:
+        return None
+    return entry
+
+
+def commit_manifest(
+    store: Store, folder: str, fingerprint: str, files: list[Entry], facts: dict[str, Any] | None = None
+) -> Manifest:
+    """Completes a stage: from here on readers see it."""
+    manifest = Manifest(fingerprint, tuple(files), facts or {})
+    store.write(f"{folder}/{MANIFEST}", _sealed(manifest))
+    return manifest
+
+
+def commit_folder(
+    store: Store, staged: Path, name: str, fingerprint: str, facts: dict[str, Any] | None = None
+) -> Manifest:
+    """Publishes a staged folder, such as a model or a checkpoint, with the manifest of its files inside it."""
+    paths = sorted(p for p in staged.rglob("*") if p.is_file())
+    entries = [Entry(p.relative_to(staged).as_posix(), sha256_file(p), p.stat().st_size) for p in paths]
+    manifest = Manifest(fingerprint, tuple(entries), facts or {})
+    (staged / MANIFEST).write_bytes(_sealed(manifest))
+    store.publish(staged, name)
+    return manifest
+
+
+def _sealed(manifest: Manifest) -> bytes:
+    return seal(
+        {
+            "schema": SCHEMA,
+            "fingerprint": manifest.fingerprint,
+            "files": [asdict(entry) for entry in manifest.files],
+            "facts": manifest.facts,
+        }
+    )
+
+
+def read_manifest(store: Store, folder: str) -> Manifest | None:
+    """The manifest of a complete stage or folder; None when it is not complete. Raises UserError when it is damaged."""
+    name = f"{folder}/{MANIFEST}"
+    if not store.exists(name):
+        return None
+    document = unseal(store.read(name), store.where(name))
+    return Manifest(document["fingerprint"], tuple(Entry(**e) for e in document["files"]), document["facts"])
+
+
+def damage(store: Store, folder: str, manifest: Manifest) -> list[tuple[str, str]]:
+    """Every file of a manifest that is not what the manifest says, with what is wrong, by full sha256."""
+    found: list[tuple[str, str]] = []
+    for entry in manifest.files:
+        name = f"{folder}/{entry.file}"
+        if not store.exists(name):
+            found.append((name, "is missing"))
+        elif store.size(name) != entry.size:
+            found.append((name, f"has {store.size(name)} bytes, expected {entry.size}"))
+        elif (actual := store.sha256(name)) != entry.sha256:
+            found.append((name, f"has sha256 {actual[:12]}…, expected {entry.sha256[:12]}…"))
+    return found
+
+
+def verified(store: Store, folder: str, entry: Entry) -> str:
+    """The name of a listed file whose sha256 was just checked. Raises UserError naming the file when it differs."""
+    name = f"{folder}/{entry.file}"
+    actual = store.sha256(name) if store.exists(name) else "none: the file is missing"
+    if actual != entry.sha256:
+        raise UserError(
+            f"{store.where(name)}: has sha256 {actual[:32]}, expected {entry.sha256[:32]}."
+            " Run raydistill verify with --repair, then the same command again"
+        )
+    return name

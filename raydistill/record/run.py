@@ -1,0 +1,205 @@
+"""A run's folder: where each stage stands, whose it is, whether it is complete, and what may be cleared away."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from raydistill.errors import UserError
+from raydistill.record.commit import MANIFEST, Manifest, damage, read_manifest, sidecar_name
+from raydistill.record.fingerprint import Plan, first_difference
+from raydistill.record.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a run: the stage that makes it, the folder with its plan, and the folder that its manifest completes."""
+
+    stage: str
+    folder: str
+    product: str
+
+
+PARTS = {
+    "data": Part("prepare", "data", "data"),
+    "teacher": Part("teach", "teacher/train", "teacher/model"),
+    "cache": Part("teach", "teacher/cache", "teacher/cache"),
+    "student": Part("train", "train", "student"),
+    "control": Part("evaluate", "control/train", "control/model"),
+    "report": Part("evaluate", "report", "report"),
+}
+LENT = ("data", "teacher", "cache")
+STAGES = ("prepare", "teach", "train", "evaluate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folders of one run; data and cache may belong to another run (`teacher.cache_from`).
+
+    `redo` names the stage that the user asked to do again: what stands there, and later parts that no longer fit, are
+    kept aside under numbered names instead of being refused.
+    """
+
+    store: Store
+    lender: Store | None = None
+    redo: str | None = None
+
+    def home(self, part: str) -> Store:
+        """The store in which a part stands."""
+        return self.lender if self.lender and part in LENT else self.store
+
+    def complete(self, part: str) -> Manifest | None:
+        return read_manifest(self.home(part), PARTS[part].product)
+
+    def require(self, part: str) -> Manifest:
+        """The manifest of a part that is needed. Raises UserError that names the stage to run first."""
+        manifest = self.complete(part)
+        if manifest is None:
+            where = self.home(part).where(PARTS[part].product)
+            raise UserError(f"{where}: is not complete. Run `raydistill {PARTS[part].stage}` with its config first")
+        return manifest
+
+    def plan(self, part: str) -> Plan | None:
+        name = f"{PARTS[part].folder}/plan.json"
+        home = self.home(part)
+        return Plan.unsealed(home.read(name), home.where(name)) if home.exists(name) else None
+
+    def begin(self, part: str, plan: Plan) -> Manifest | None:
+        """Opens a part for this plan; its manifest when it is complete already, None when there is work to do.
+
+        Raises UserError, naming the first field that differs, when the part stands there for another plan.
+        """
+        standing = self.plan(part)
+        if standing is not None and standing.fingerprint != plan.fingerprint:
+            if (self.lender and part in LENT) or not self.redo or not _later(PARTS[part].stage, self.redo):
+                raise UserError(self._mismatch(part, standing, plan))
+            self.set_aside(part)
+            standing = None
+        if standing is None:
+            name = f"{PARTS[part].folder}/plan.json"
+            if self.lender and part in LENT:
+                raise UserError(f"teacher.cache_from: {self.lender.where(name)} is missing. Finish that run first")
+            self.store.write(name, plan.sealed())
+        manifest = self.complete(part)
+        if manifest is not None and manifest.fingerprint != plan.fingerprint:
+            self._move_aside(PARTS[part].product)
+            return None
+        return manifest
+
+    def _mismatch(self, part: str, old: Plan, new: Plan) -> str:
+        what, before, after = first_difference(old.inputs, new.inputs) or ("plan", old.fingerprint, new.fingerprint)
+        where, stage = self.home(part).where(PARTS[part].folder), PARTS[part].stage
+        return (
+            f"{where}: {what}: was made with {_short(before)}, now asked for {_short(after)}."
+            f" Take another run name, or --redo {stage} (what stands there is kept aside)"
+        )
+
+    def set_aside(self, part: str) -> None:
+        """Moves a part's folders to numbered names."""
+        for folder in dict.fromkeys((PARTS[part].product, PARTS[part].folder)):
+            self._move_aside(folder)
+
+    def _move_aside(self, folder: str) -> None:
+        if not self.store.list(folder):
+            return
+        number = 1
+        while self.store.list(f"{folder}.{number}"):
+            number += 1
+        self.store.move(folder, f"{folder}.{number}")
+
+
+def _later(stage: str, redo: str) -> bool:
+    return STAGES.index(stage) >= STAGES.index(redo)
+
+
+def open_run(storage: str, name: str, *, cache_from: str | None = None, redo: str | None = None) -> Run:
+    """The run of that name, and the run that lends it data and cache. Makes nothing."""
+    lender = open_store(cache_from) if cache_from else None
+    return Run(open_store(f"{storage.rstrip('/')}/{name}"), lender, redo)
+
+
+def find_run(location: str) -> Run:
+    """The run at a folder or URL that the user named. Raises UserError when none is there."""
+    store = open_store(location)
+    if not store.exists("config.yaml"):
+        raise UserError(f"{location}: is not a run's folder (no config.yaml). Give <storage>/<name>")
+    return Run(store)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that `verify` found wrong."""
+
+    file: str
+    problem: str
+
+
+def verify(run: Run, *, repair: bool = False) -> tuple[int, list[Finding]]:
+    """Re-reads every committed file: how many there are, and what is wrong.
+
+    With `repair` what is damaged is set aside under a numbered name, so that the next run makes exactly that again.
+    """
+    checked, findings = 0, []
+    for folder in manifest_folders(run.store):
+        try:
+            manifest = read_manifest(run.store, folder)
+        except UserError as error:
+            findings.append(Finding(f"{folder}/{MANIFEST}", str(error)))
+            _aside(run.store, f"{folder}/{MANIFEST}", repair)
+            continue
+        assert manifest is not None
+        broken = damage(run.store, folder, manifest)
+        checked += len(manifest.files)
+        findings += [Finding(name, problem) for name, problem in broken]
+        whole = not any(name.endswith(".parquet") for name in (e.file for e in manifest.files))
+        if broken and whole:
+            _aside(run.store, folder, repair)
+        elif broken:
+            for name, _ in broken:
+                _aside(run.store, name, repair)
+                _aside(run.store, sidecar_name(name), repair)
+            _aside(run.store, f"{folder}/{MANIFEST}", repair)
+    for part in PARTS.values():
+        folder, name = part.folder, f"{part.folder}/plan.json"
+        if run.store.exists(name):
+            checked += 1
+            try:
+                Plan.unsealed(run.store.read(name), name)
+            except UserError as error:
+                findings.append(Finding(name, str(error)))
+                _aside(run.store, folder, repair)
+    return checked, findings
+
+
+def manifest_folders(store: Store) -> list[str]:
+    """Every folder that holds a manifest and was not set aside."""
+    folders = [name.rpartition("/")[0] for name in store.list() if name.endswith(f"/{MANIFEST}")]
+    return [f for f in folders if not is_aside(f) and "/." not in f"/{f}"]
+
+
+def is_aside(name: str) -> bool:
+    return any(re.search(r"\.(bad-)?\d+$", part) for part in name.split("/"))
+
+
+def _aside(store: Store, name: str, repair: bool) -> None:
+    if repair and store.exists(name):
+        number = 1
+        while store.exists(f"{name}.bad-{number}"):
+            number += 1
+        store.move(name, f"{name}.bad-{number}")
+
+
+def leftovers(run: Run) -> list[str]:
+    """What no manifest names and no unfinished stage needs: temporary files, and what was set aside."""
+    found = []
+    for name in run.store.list():
+        parts = name.split("/")
+        if is_aside(name) or any(p.startswith(".") and p.endswith(".tmp") for p in parts) or ".ray" in parts:
+            found.append(name)
+    return found
+
+
+def _short(value: Any) -> str:
+    text = str(value) if value is not None else "nothing"
+    return text if len(text) <= 40 else text[:19] + "…"

@@ -1,0 +1,276 @@
+"""The one place that opens, writes, syncs, renames and removes what a run keeps.
+
+A `Store` is a run's folder: on a local file system, where a file appears by rename after fsync, or on any fsspec
+store, where one PUT takes the rename's place. Every operation that changes something passes through `step`, so that a
+test can make the N-th one fail or kill the process there (`RAYDISTILL_FAULT=N:kill`, `N:EIO`, `N:ENOSPC` …).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Protocol
+
+import fsspec
+import pyarrow as pa
+
+from raydistill.errors import UserError
+
+FAULT_VARIABLE = "RAYDISTILL_FAULT"
+operations = 0
+
+
+def step(operation: str, path: str) -> None:
+    """Counts one operation that is about to change the store, and injects the fault that was asked for."""
+    global operations
+    operations += 1
+    number, _, action = os.environ.get(FAULT_VARIABLE, "").partition(":")
+    if number != str(operations):
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise OSError(getattr(errno, action), f"injected before {operation}", path)
+
+
+class Store(Protocol):
+    """Files below one root, by names relative to it."""
+
+    root: str
+
+    def where(self, name: str) -> str:
+        """The full path or URL of a name, for messages and for other processes."""
+        ...
+
+    def exists(self, name: str) -> bool: ...
+    def size(self, name: str) -> int: ...
+    def read(self, name: str) -> bytes: ...
+
+    def list(self, folder: str = "") -> list[str]:
+        """Names of all files below a folder, sorted, leftovers of interrupted writes included."""
+        ...
+
+    def folders(self, folder: str = "") -> list[str]:
+        """Names of the folders directly below a folder, sorted."""
+        ...
+
+    def input(self, name: str) -> pa.NativeFile:
+        """A file to read with Arrow: memory-mapped where the store allows it."""
+        ...
+
+    def sha256(self, name: str) -> str: ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Replaces a file by these bytes: whole or not at all, and durable."""
+        ...
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes a file that must not exist yet; False when it does."""
+        ...
+
+    def staging(self, name: str) -> Path:
+        """A new local path to write what `publish` then commits under the name."""
+        ...
+
+    def publish(self, staged: Path, name: str) -> None:
+        """Commits a staged file, or a staged folder with all its files, under its name."""
+        ...
+
+    def local(self, name: str) -> Path:
+        """A local path of a committed file or folder; fetched first where the store is remote."""
+        ...
+
+    def move(self, name: str, target: str) -> None: ...
+    def remove(self, name: str) -> None: ...
+
+
+def open_store(url: str) -> Store:
+    """The store at a folder or an fsspec URL. Raises UserError for a scheme whose package is not installed."""
+    scheme, sign, _ = url.partition("://")
+    if not sign or scheme == "file":
+        return LocalStore(url.removeprefix("file://"))
+    try:
+        return ObjectStore(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"storage: {url}: {str(error).splitlines()[0]}. Install the extra for {scheme}://") from None
+
+
+class LocalStore:
+    """A folder on a local or shared POSIX file system."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+
+    def where(self, name: str) -> str:
+        path = os.path.normpath(os.path.join(self.root, name))
+        assert path == self.root or path.startswith(self.root + os.sep), f"{name} leaves {self.root}"
+        return path
+
+    def exists(self, name: str) -> bool:
+        return os.path.exists(self.where(name))
+
+    def size(self, name: str) -> int:
+        return os.path.getsize(self.where(name))
+
+    def read(self, name: str) -> bytes:
+        return Path(self.where(name)).read_bytes()
+
+    def list(self, folder: str = "") -> list[str]:
+        top = self.where(folder)
+        found = (os.path.join(base, file) for base, _, files in os.walk(top) for file in files)
+        return sorted(os.path.relpath(path, self.root) for path in found)
+
+    def folders(self, folder: str = "") -> list[str]:
+        top = self.where(folder)
+        if not os.path.isdir(top):
+            return []
+        return sorted(os.path.join(folder, entry.name) for entry in os.scandir(top) if entry.is_dir())
+
+    def input(self, name: str) -> pa.NativeFile:
+        return pa.memory_map(self.where(name))
+
+    def sha256(self, name: str) -> str:
+        return sha256_file(Path(self.where(name)))
+
+    def write(self, name: str, data: bytes) -> None:
+        staged = self.staging(name)
+        step("write", str(staged))
+        staged.write_bytes(data)
+        self.publish(staged, name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        path = Path(self.where(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        step("create", str(path))
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+        except FileExistsError:
+            return False
+        return True
+
+    def staging(self, name: str) -> Path:
+        path = Path(self.where(name))
+        step("mkdir", str(path.parent))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+
+    def publish(self, staged: Path, name: str) -> None:
+        target = Path(self.where(name))
+        for path in [*sorted(staged.rglob("*")), staged] if staged.is_dir() else [staged]:
+            step("fsync", str(path))
+            _fsync(path)
+        step("rename", str(target))
+        os.replace(staged, target)
+        step("fsync", str(target.parent))
+        _fsync(target.parent)
+
+    def local(self, name: str) -> Path:
+        return Path(self.where(name))
+
+    def move(self, name: str, target: str) -> None:
+        step("rename", self.where(target))
+        os.rename(self.where(name), self.where(target))
+        _fsync(Path(self.where(target)).parent)
+
+    def remove(self, name: str) -> None:
+        path = self.where(name)
+        step("remove", path)
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+class ObjectStore:
+    """A prefix of an object store, by fsspec. A PUT is whole or absent; a folder is committed by its last file."""
+
+    def __init__(self, url: str) -> None:
+        self.root = url.rstrip("/")
+        self._files, self._base = fsspec.core.url_to_fs(self.root)
+
+    def where(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def _path(self, name: str) -> str:
+        return f"{self._base}/{name}" if name else self._base
+
+    def exists(self, name: str) -> bool:
+        self._files.invalidate_cache()
+        return self._files.exists(self._path(name))
+
+    def size(self, name: str) -> int:
+        self._files.invalidate_cache()
+        return int(self._files.info(self._path(name))["size"])
+
+    def read(self, name: str) -> bytes:
+        return self._files.cat_file(self._path(name))
+
+    def list(self, folder: str = "") -> list[str]:
+        self._files.invalidate_cache()
+        top = self._path(folder)
+        found = self._files.find(top) if self._files.exists(top) else []
+        return sorted(path[len(self._base) + 1 :] for path in found)
+
+    def folders(self, folder: str = "") -> list[str]:
+        depth = len(folder.split("/")) if folder else 0
+        parts = (name.split("/") for name in self.list(folder))
+        return sorted({"/".join(p[: depth + 1]) for p in parts if len(p) > depth + 1})
+
+    def input(self, name: str) -> pa.NativeFile:
+        return pa.BufferReader(self.read(name))
+
+    def sha256(self, name: str) -> str:
+        return hashlib.sha256(self.read(name)).hexdigest()
+
+    def write(self, name: str, data: bytes) -> None:
+        step("put", self.where(name))
+        self._files.pipe_file(self._path(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        step("put-if-absent", self.where(name))
+        try:
+            self._files.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def staging(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix="raydistill-")) / Path(name).name
+
+    def publish(self, staged: Path, name: str) -> None:
+        # MANIFEST.json last: a folder without it is not there yet.
+        files = sorted((p for p in staged.rglob("*") if p.is_file()), key=lambda p: (p.name == "MANIFEST.json", p))
+        for path in files if staged.is_dir() else [staged]:
+            target = f"{name}/{path.relative_to(staged).as_posix()}" if staged.is_dir() else name
+            step("put", self.where(target))
+            self._files.put_file(str(path), self._path(target))
+        shutil.rmtree(staged.parent)
+
+    def local(self, name: str) -> Path:
+        target = Path(tempfile.mkdtemp(prefix="raydistill-")) / Path(name).name
+        self._files.get(self._path(name), str(target), recursive=True)
+        return target
+
+    def move(self, name: str, target: str) -> None:
+        step("move", self.where(target))
+        self._files.mv(self._path(name), self._path(target), recursive=True)
+
+    def remove(self, name: str) -> None:
+        step("remove", self.where(name))
+        self._files.rm(self._path(name), recursive=True)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""What is measured of a classifier's logits on a test set, and the paired intervals of its comparison with others.
+
+Shapes: N rows, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import minimize_scalar
+from sklearn.metrics import f1_score
+
+BINS = 15
+Floats = npt.NDArray[np.floating]
+Labels = npt.NDArray[np.integer]
+
+
+def log_softmax(logits_NK: Floats) -> Floats:
+    shifted = logits_NK.astype(np.float64) - logits_NK.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def nll(logits_NK: Floats, labels_N: Labels) -> float:
+    """Mean of -log p(label) in nats."""
+    return float(-log_softmax(logits_NK)[np.arange(len(labels_N)), labels_N].mean())
+
+
+def calibration_error(logits_NK: Floats, labels_N: Labels) -> float:
+    """Expected calibration error of the top class over 15 bins of equal mass (Nguyen and O'Connor 2015, arXiv:1508.05154)."""
+    confidence_N = np.exp(log_softmax(logits_NK)).max(axis=1)
+    hit_N = logits_NK.argmax(axis=1) == labels_N
+    order = np.argsort(confidence_N, kind="stable")
+    bins = [b for b in np.array_split(order, BINS) if len(b)]
+    return float(sum(abs(confidence_N[b].mean() - hit_N[b].mean()) * len(b) for b in bins) / len(labels_N))
+
+
+def fit_temperature(logits_NK: Floats, labels_N: Labels) -> float:
+    """The one temperature that minimises NLL (Guo et al. 2017, arXiv:1706.04599, section 4.2); fitted on validation."""
+    found = minimize_scalar(lambda t: nll(logits_NK / np.exp(t), labels_N), bounds=(-3.0, 3.0), method="bounded")
+    return float(np.exp(found.x))  # type: ignore[union-attr]
+
+
+def mean_kl(teacher_NK: Floats, student_NK: Floats) -> float:
+    """Mean KL(teacher || student) in nats at temperature 1."""
+    teacher, student = log_softmax(teacher_NK), log_softmax(student_NK)
+    return float((np.exp(teacher) * (teacher - student)).sum(axis=1).mean())
+
+
+def classifier_metrics(logits_NK: Floats, labels_N: Labels, temperature: float) -> dict[str, float]:
+    """Accuracy, macro F1, NLL and calibration error, the last also at the temperature that was fitted on validation."""
+    predicted_N = logits_NK.argmax(axis=1)
+    return {
+        "accuracy": float((predicted_N == labels_N).mean()),
+        "macro_f1": float(f1_score(labels_N, predicted_N, average="macro")),
+        "nll": nll(logits_NK, labels_N),
+        "ece": calibration_error(logits_NK, labels_N),
+        "ece_scaled": calibration_error(logits_NK / temperature, labels_N),
+        "temperature": temperature,
+    }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A student beside its teacher and its control; intervals are 95 %, paired over test rows."""
+
+    retention: float
+    retention_ci95: tuple[float, float]
+    gain_over_control: float | None
+    gain_over_control_ci95: tuple[float, float] | None
+    gap_closed: float | None
+
+
+def compare(
+    teacher_N: npt.NDArray[np.bool_],
+    student_N: npt.NDArray[np.bool_],
+    control_N: npt.NDArray[np.bool_] | None,
+    *,
+    resamples: int,
+    seed: int,
+) -> Comparison:
+    """Retention, gain and gap closed from which rows each model has right.
+
+    The bootstrap resamples rows and keeps each row's three outcomes together (Efron and Tibshirani 1993, chapter 13).
+    There are eight outcomes, so a resample is one multinomial draw over their counts.
+    """
+    models = np.stack([teacher_N, student_N, teacher_N if control_N is None else control_N]).astype(np.int64)
+    counts = np.bincount(models[0] * 4 + models[1] * 2 + models[2], minlength=8)
+    right = np.array([[(cell >> 2) & 1, (cell >> 1) & 1, cell & 1] for cell in range(8)])
+    rows = counts.sum()
+    teacher, student, control = (counts @ right) / rows
+    drawn = np.random.default_rng(seed).multinomial(rows, counts / rows, size=resamples) @ right / rows
+    retained = drawn[:, 1] / np.maximum(drawn[:, 0], 1 / rows)
+    gain = drawn[:, 1] - drawn[:, 2]
+    has_control = control_N is not None
+    return Comparison(
+        retention=float(student / teacher) if teacher else float("nan"),
+        retention_ci95=_interval(retained),
+        gain_over_control=float(student - control) if has_control else None,
+        gain_over_control_ci95=_interval(gain) if has_control else None,
+        gap_closed=float((student - control) / (teacher - control)) if has_control and teacher > control else None,
+    )
+
+
+def _interval(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

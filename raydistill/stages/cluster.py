@@ -1,0 +1,171 @@
+"""The Ray cluster: connect to it, see what it has, and fit actors and workers into it before any is asked for."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydistill.config import Config, Training
+from raydistill.errors import UserError
+
+OBJECT_STORE_BYTES = 300_000_000
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a cluster has in all, and the most that one node has."""
+
+    cpus: int
+    gpus: int
+    node_cpus: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """How a stage divides a cluster: processes, and what each one takes."""
+
+    processes: int
+    cpus: int
+    gpus: int
+
+
+def connect(config: Config) -> Resources:
+    """Connects to the cluster of the job, the one in the config, or a new local one on loopback; what it has."""
+    import ray
+
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+        options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+        if os.environ.get("RAY_ADDRESS"):
+            _connect_to(ray, os.environ["RAY_ADDRESS"], options)
+        elif config.cluster.address != "local":
+            _connect_to(ray, config.cluster.address, {**options, "address": config.cluster.address})
+        else:
+            cpus = config.cluster.cpus or len(os.sched_getaffinity(0))
+            ray.init(
+                address="local", num_cpus=cpus, include_dashboard=False, resources={"trial_driver": 100},
+                object_store_memory=OBJECT_STORE_BYTES, _node_ip_address="127.0.0.1",
+                runtime_env={"env_vars": _paths()}, **options,
+            )  # fmt: skip
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Resources(
+        cpus=int(sum(n.get("CPU", 0) for n in nodes)),
+        gpus=int(sum(n.get("GPU", 0) for n in nodes)),
+        node_cpus=int(max((n.get("CPU", 0) for n in nodes), default=0)),
+    )
+
+
+def _connect_to(ray: Any, address: str, options: dict[str, Any]) -> None:
+    try:
+        ray.init(**options)
+    except Exception as error:  # Ray raises many kinds for an address where nothing answers
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(
+            f"cluster.address: {address}: cannot be reached ({first}). Check the address and RAY_AUTH_TOKEN"
+        ) from None
+
+
+def _paths() -> dict[str, str]:
+    """Lets workers import the package as this process does, installed or not."""
+    package_parent = str(Path(__file__).resolve().parents[2])
+    return {"PYTHONPATH": os.pathsep.join([package_parent, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
+def worker_environment(resources: Resources) -> dict[str, str]:
+    """Environment of training workers."""
+    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    if not resources.gpus:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def share_for_actors(resources: Resources, *, actors: int | None, cpus_per_actor: int) -> Share:
+    """The teacher's actor pool. Raises UserError when what was asked for cannot fit; never waits for it."""
+    per_node = resources.gpus or max(resources.cpus // cpus_per_actor, 0)
+    if per_node < 1:
+        raise UserError(
+            f"teacher.cpus_per_actor: found {cpus_per_actor}, the cluster has {resources.cpus} CPUs. Lower it or add a node"
+        )
+    if actors is not None and actors > per_node:
+        what = f"{resources.gpus} GPUs" if resources.gpus else f"{resources.cpus} CPUs at {cpus_per_actor} for each"
+        raise UserError(
+            f"teacher.actors: found {actors}, the cluster has {what}. Set at most {per_node}, or leave it out"
+        )
+    return Share(actors or per_node, cpus_per_actor, 1 if resources.gpus else 0)
+
+
+def share_for_training(resources: Resources, settings: Training, setting: str) -> Share:
+    """The training workers. Raises UserError when what was asked for cannot fit; never waits for it."""
+    room = resources.gpus or resources.cpus
+    if settings.workers > room:
+        what = "GPUs" if resources.gpus else "CPUs"
+        raise UserError(
+            f"{setting}.workers: found {settings.workers}, the cluster has {room} {what}. Set at most {room}"
+        )
+    cpus = settings.cpus_per_worker or max(1, min(resources.cpus // settings.workers, resources.node_cpus))
+    if cpus * settings.workers > resources.cpus or cpus > resources.node_cpus:
+        raise UserError(
+            f"{setting}.cpus_per_worker: found {cpus} for each of {settings.workers} workers, the cluster has"
+            f" {resources.cpus} CPUs, {resources.node_cpus} on its largest node. Lower it"
+        )
+    return Share(settings.workers, cpus, 1 if resources.gpus else 0)
+
+
+def check_precision(resources: Resources, precision: str, setting: str) -> None:
+    """Raises UserError for a precision that the device does not have."""
+    if precision == "fp16" and not resources.gpus:
+        raise UserError(
+            f"{setting}.precision: found fp16, which needs a GPU and the cluster has none. Use bf16 or fp32"
+        )
+
+
+def gains_from_bf16(resources: Resources) -> bool:
+    """Whether bfloat16 products are faster here: on GPUs, and on CPUs that multiply it themselves."""
+    if resources.gpus:
+        return True
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class Mailbox:
+    """A Ray actor between the driver and its workers: progress one way, the request to stop the other way."""
+
+    def __init__(self) -> None:
+        self._updates: list[dict[str, Any]] = []
+        self._stop = False
+
+    def post(self, update: dict[str, Any]) -> None:
+        self._updates.append(update)
+
+    def take(self) -> list[dict[str, Any]]:
+        updates, self._updates = self._updates, []
+        return updates
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def stopped(self) -> bool:
+        return self._stop
+
+
+def new_mailbox() -> Any:
+    import ray
+
+    return ray.remote(num_cpus=0)(Mailbox).remote()
+
+
+def wait_until(done: Any, seconds: float, poll_seconds: float = 0.1) -> bool:
+    """Whether the condition came true in that time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if done():
+            return True
+        time.sleep(poll_seconds)
+    return bool(done())

@@ -1,0 +1,233 @@
+"""Stage evaluate: teacher, student and control on the test set, which nothing else has read."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydistill.cache.shards import read_logits
+from raydistill.config import Config, identity
+from raydistill.data.shards import read_split
+from raydistill.models import model_identity
+from raydistill.record.commit import Entry, Manifest, commit_manifest, read_manifest
+from raydistill.record.fingerprint import Plan
+from raydistill.record.run import PARTS, Run
+from raydistill.record.store import Store
+from raydistill.report.metrics import classifier_metrics, compare, fit_temperature, mean_kl
+from raydistill.report.page import render
+from raydistill.stages.cluster import Resources, share_for_actors
+from raydistill.stages.latency import measure
+from raydistill.stages.prepare import data_report
+from raydistill.stages.progress import Progress
+from raydistill.stages.scoring import ScoringJob, score
+from raydistill.stages.teach import teacher_folder
+from raydistill.stages.trainer import train_model
+
+TIMED_ROWS = 1024
+PACKAGES = ("raydistill", "ray", "torch", "deepspeed", "transformers", "pyarrow")
+Logits = dict[str, np.ndarray]
+
+
+def evaluate(config: Config, run: Run, resources: Resources, progress: Progress) -> dict[str, Any]:
+    """Writes report.json and report.html; the report. The control is trained first, when it is not there."""
+    data, student = run.require("data"), run.require("student")
+    control = None
+    if config.evaluate.control:
+        control = train_model("control", config, run, resources, progress, teacher=str(teacher_folder(config, run)))
+    plan = report_plan(config, run, data, student, control)
+    if (manifest := run.begin("report", plan)) is not None:
+        progress.say("evaluate: complete")
+        return json.loads(run.store.read("report/report.json"))
+    folders = model_folders(config, run)
+    logits = {
+        name: _score(name, folder, config, run, data, plan, resources, progress) for name, folder in folders.items()
+    }
+    speed = _time_models(folders, config, run, data, progress)
+    report = _report(config, run, data, logits, speed, plan)
+    _commit(run, plan, report)
+    return report
+
+
+def model_folders(config: Config, run: Run) -> dict[str, Path]:
+    """The local folder of every model that is compared."""
+    folders = {"teacher": teacher_folder(config, run), "student": run.store.local("student")}
+    if config.evaluate.control:
+        folders["control"] = run.store.local(PARTS["control"].product)
+    return folders
+
+
+def report_plan(config: Config, run: Run, data: Manifest, student: Manifest, control: Manifest | None) -> Plan:
+    """Everything that the report depends on."""
+    return Plan(
+        "report",
+        {
+            "data": data.fingerprint,
+            "student": student.fingerprint,
+            "control": control.fingerprint if control else None,
+            "teacher": model_identity(teacher_folder(config, run)),
+            "data.max_length": config.data.max_length,
+            **{f"evaluate.{name}": value for name, value in identity(config.evaluate).items()},
+        },
+    )
+
+
+def _score(
+    name: str,
+    folder: Path,
+    config: Config,
+    run: Run,
+    data: Manifest,
+    plan: Plan,
+    resources: Resources,
+    progress: Progress,
+) -> Logits:
+    """The model's float32 logits on validation (to fit its temperature) and test, in the order of the rows."""
+    share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    made_here = name != "teacher" or config.teacher.fine_tune is not None
+    part = PARTS[name].product if made_here and run.home(name) is run.store else None
+    job = ScoringJob(
+        setting=f"evaluate: the {name}", model=str(folder) if made_here else config.teacher.model,
+        revision=config.teacher.revision, model_folder=part, labels=tuple(data.facts["labels"]),
+        data_url=run.home("data").root, output_url=run.store.root, folder=f"report/logits/{name}",
+        fingerprint=plan.fingerprint, codec="dense-float32", dtype=config.evaluate.dtype,
+        max_length=config.data.max_length, tokens_per_batch=config.teacher.tokens_per_batch,
+    )  # fmt: skip
+    entries, _ = score(job, data, ("validation", "test"), share, progress, f"evaluate: {name}")
+    facts = {"codec": "dense-float32", "classes": len(data.facts["labels"])}
+    made = commit_manifest(run.store, job.folder, plan.fingerprint, entries, facts)
+    return {split: _logits(run.store, job.folder, made, split) for split in ("validation", "test")}
+
+
+def _logits(store: Store, folder: str, manifest: Manifest, split: str) -> np.ndarray:
+    return np.concatenate([read_logits(store, folder, entry, manifest).logits_NK for entry in manifest.shards(split)])
+
+
+def _time_models(
+    folders: dict[str, Path], config: Config, run: Run, data: Manifest, progress: Progress
+) -> dict[str, dict[str, float]]:
+    """Times the models on one node, in a task that takes all of it, so that nothing of ours runs beside it."""
+    import ray
+
+    progress.say(f"evaluate: timing {config.evaluate.latency_requests} single requests for each model")
+    progress.check()
+    texts = [text for shard in read_split(run.home("data"), data.shards("test")[:1]) for text in shard.texts][
+        :TIMED_ROWS
+    ]
+    task = ray.remote(num_cpus=config.evaluate.threads, num_gpus=1 if ray.cluster_resources().get("GPU") else 0)(
+        measure
+    )
+    return ray.get(
+        task.remote(
+            {name: str(folder) for name, folder in folders.items()}, texts, requests=config.evaluate.latency_requests,
+            threads=config.evaluate.threads, max_length=config.data.max_length, dtype=config.evaluate.dtype,
+        )
+    )  # fmt: skip
+
+
+def _report(
+    config: Config, run: Run, data: Manifest, logits: dict[str, Logits], speed: dict[str, dict[str, float]], plan: Plan
+) -> dict[str, Any]:
+    """All figures, under the names of the design."""
+    labels = {s: _labels(run, data, s) for s in ("validation", "test")}
+    teacher = logits["teacher"]["test"]
+    models: dict[str, Any] = {}
+    for name, split in logits.items():
+        temperature = fit_temperature(split["validation"], labels["validation"])
+        models[name] = {
+            **classifier_metrics(split["test"], labels["test"], temperature),
+            "agreement": float((split["test"].argmax(axis=1) == teacher.argmax(axis=1)).mean()),
+            "kl_to_teacher": mean_kl(teacher, split["test"]),
+            **speed[name],
+            "size_bytes": _size_bytes(model_folders(config, run)[name]),
+        }
+    right = {name: split["test"].argmax(axis=1) == labels["test"] for name, split in logits.items()}
+    comparison = compare(
+        right["teacher"],
+        right["student"],
+        right.get("control"),
+        resamples=config.evaluate.bootstrap,
+        seed=config.evaluate.seed,
+    )
+    cache = run.require("cache")
+    return {
+        "schema": 1,
+        "name": config.name,
+        "task": config.task,
+        "created": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "labels": data.facts["labels"],
+        "test_rows": len(labels["test"]),
+        **models,
+        **{name: getattr(comparison, name) for name in comparison.__dataclass_fields__},
+        "agreement": models["student"]["agreement"],
+        "teacher_forwards_per_row": forwards_per_row(data, cache),
+        "measured": {
+            "latency_requests": config.evaluate.latency_requests,
+            "threads": config.evaluate.threads,
+            "dtype": config.evaluate.dtype,
+            "device": _device_name(),
+        },
+        "data_report": data_report(data.facts),
+        "fingerprints": _fingerprints(run, plan),
+        "environment": _environment(),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def forwards_per_row(data: Manifest, cache: Manifest) -> float:
+    """Rows that the cache holds for each train and validation row."""
+    rows = data.facts["rows"]["train"] + data.facts["rows"]["validation"]
+    return sum(entry.rows for entry in cache.files) / rows
+
+
+def _labels(run: Run, data: Manifest, split: str) -> np.ndarray:
+    return np.concatenate([shard.labels_N for shard in read_split(run.home("data"), data.shards(split))])
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _fingerprints(run: Run, plan: Plan) -> dict[str, str]:
+    found = {part: manifest.fingerprint for part in PARTS if part != "report" and (manifest := run.complete(part))}
+    return {**found, "report": plan.fingerprint}
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "platform": platform.platform(terse=True),
+        "processor": _device_name(),
+        "cpus": str(os.cpu_count()),
+    }
+
+
+def _device_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "an unnamed processor"
+
+
+def _commit(run: Run, plan: Plan, report: dict[str, Any]) -> None:
+    """Both files, then the manifest that names them and every shard of logits."""
+    run.store.write("report/report.json", json.dumps(report, indent=1).encode() + b"\n")
+    run.store.write("report/report.html", render(report).encode())
+    entries = [
+        Entry(name, run.store.sha256(f"report/{name}"), run.store.size(f"report/{name}"))
+        for name in ("report.json", "report.html")
+    ]
+    commit_manifest(run.store, "report", plan.fingerprint, entries)
+
+
+def read_report(run: Run) -> dict[str, Any] | None:
+    """The finished report of a run, or None."""
+    return json.loads(run.store.read("report/report.json")) if read_manifest(run.store, "report") else None

@@ -1,0 +1,377 @@
+"""The training loop that every worker runs: teacher, student and control alike. It knows no Ray.
+
+A step's loss is a sum over the global batch divided once by its global count, so that workers, accumulation and uneven
+batches do not change it. Order of rows, dropout and learning rate are functions of the step, so that a training that
+was stopped at any step goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raydistill.config import Config, Training
+from raydistill.data.loader import Batch, Split
+from raydistill.data.order import steps_per_epoch
+from raydistill.data.tokens import load_tokenizer
+from raydistill.engine import Engine
+from raydistill.errors import UserError
+from raydistill.losses.objective import Objective
+from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
+from raydistill.models import build_student, count_parameters, find_model, save_classifier, start_classifier
+from raydistill.record.commit import commit_folder, read_manifest
+from raydistill.record.store import open_store
+from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
+from raydistill.stages.curves import Curves
+
+LOWER_IS_BETTER = ("nll", "kl")
+VALIDATION_TOKENS = {"cpu": 2048, "cuda": 65_536}
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training. Every field can be sent to a worker."""
+
+    role: str  # teacher, student or control
+    config: Config
+    settings: Training
+    objective: Objective
+    metric: str
+    precision: str
+    labels: tuple[str, ...]
+    fingerprint: str
+    run_url: str
+    data_url: str
+    uses_cache: bool
+    teacher: str  # folder or hub id of the teacher that a student is built from
+    folder: str
+    product: str
+
+
+def learning_rate(settings: Training, step: int, total: int) -> float:
+    """The learning rate of a step counted from 0: linear warm-up, then the schedule down to 0 (constant stays)."""
+    warm = int(total * settings.warmup)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    done = (step - warm) / max(1, total - warm)
+    if settings.schedule == "cosine":
+        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1)
+
+
+def run_training(
+    job: TrainingJob, *, post: Callable[[dict[str, Any]], None], stopped: Callable[[], bool]
+) -> dict[str, Any]:
+    """Trains to the end, to early stopping or to a request to stop; {"outcome": "done" | "stopped", "step": …}.
+
+    torch.distributed is initialised by the caller. Rank 0 writes checkpoints, curves and the finished model, and posts
+    progress. Raises UserError, on every rank alike, for a loss that is not finite.
+    """
+    worker = _Worker(job, post, stopped)
+    try:
+        return worker.train()
+    finally:
+        worker.close()
+
+
+class _Worker:
+    """One rank of a training."""
+
+    def __init__(self, job: TrainingJob, post: Callable[[dict[str, Any]], None], stopped: Callable[[], bool]) -> None:
+        self.job, self.settings = job, job.settings
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = _device()
+        self.store = open_store(job.run_url)
+        self.post, self.stopped = post, stopped
+        self.checkpoints = Checkpoints(self.store, job.folder, job.fingerprint)
+        self.model, self.tokenizer = build_model(job)
+        if job.settings.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+        self.train_split, self.validation_split = (self._split(s) for s in ("train", "validation"))
+        checkpoint = self._agree_on_checkpoint()
+        self.state = checkpoint.state if checkpoint else State()
+        if checkpoint:
+            self.model.load_state_dict(checkpoint.weights(), strict=False)
+        self.model.train()
+        self.engine = Engine(self.model, job.settings, precision=job.precision, device=self.device)
+        if checkpoint:
+            self.engine.restore_optimizer(checkpoint.optimizer_state(), self.state.step)
+            self.post({"going_on_from": self.state.step})
+        self.per_epoch = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
+        self.total = self.per_epoch * job.settings.epochs
+        self.curves = Curves(self.store, job.folder, self.state.step) if self.rank == 0 else None
+        self.meter = _Meter(self.device)
+
+    def _split(self, split: str) -> Split:
+        store = open_store(self.job.data_url)
+        data = read_manifest(store, "data")
+        cache = read_manifest(store, "teacher/cache") if self.job.uses_cache else None
+        assert data is not None and (cache is not None or not self.job.uses_cache)
+        return Split(store, split, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length)
+
+    def _agree_on_checkpoint(self) -> Checkpoint | None:
+        choice = [self.checkpoints.newest() if self.rank == 0 else None]
+        dist.broadcast_object_list(choice, src=0)
+        return None if choice[0] is None else self.checkpoints.load(choice[0])
+
+    def train(self) -> dict[str, Any]:
+        self.post({"rows": self.train_split.rows, "steps": self.total, "per_epoch": self.per_epoch})
+        while self.state.step < self.total and not self._out_of_patience():
+            for global_rows, micro_batches in self._steps_of_epoch():
+                self._step(global_rows, list(micro_batches()))
+                if self._is_due(self.settings.validate_every or self.per_epoch) or self.state.step == self.total:
+                    self._validate()
+                elif self.settings.checkpoint_every and self._is_due(self.settings.checkpoint_every):
+                    self._save()
+                if self._should_stop():
+                    self._save()
+                    return {"outcome": "stopped", "step": self.state.step}
+                if self._out_of_patience():
+                    break
+        if self.rank == 0:
+            self._publish_best()
+        return {"outcome": "done", "step": self.state.step}
+
+    def _steps_of_epoch(self) -> Any:
+        return self.train_split.training_steps(
+            seed=self.settings.seed,
+            epoch=self.state.step // self.per_epoch,
+            batch_size=self.settings.batch_size,
+            first_step=self.state.step % self.per_epoch,
+            rank=self.rank,
+            world=self.world,
+            accumulation=self.settings.accumulation,
+        )
+
+    def _step(self, global_rows: int, batches: list[Batch]) -> None:
+        started = time.perf_counter()
+        torch.manual_seed(_dropout_seed(self.settings.seed, self.state.step, self.rank))
+        for batch in batches:
+            logits = self.engine.logits(batch.inputs)
+            if batch.rows:
+                teacher = batch.teacher.to(self.device) if batch.teacher and self.job.objective.needs_teacher else None
+                loss, parts = self.job.objective(logits, batch.labels_N.to(self.device), teacher)
+                self.meter.add(loss.detach(), parts, batch.rows)
+            else:
+                loss = logits.sum() * 0
+            self.engine.backward(loss, global_rows)
+        rate = learning_rate(self.settings, self.state.step, self.total)
+        self.engine.step(rate)
+        self.state.step += 1
+        self.state.seconds += time.perf_counter() - started
+        self.meter.end_step(time.perf_counter() - started)
+        if self.state.step % self.settings.log_every == 0 or self.state.step % self.per_epoch == 0:
+            self._report(rate)
+
+    def _report(self, rate: float) -> None:
+        """Sums the last steps over all ranks, checks them and adds a point to the curves."""
+        sums, seconds = self.meter.take()
+        dist.all_reduce(sums)
+        self._check_finite(sums)
+        values = self.meter.means(sums)
+        values |= {
+            "learning_rate": rate,
+            "grad_norm": self.engine.grad_norm,
+            "rows_per_second": float(sums[:, _Meter.ROWS].sum()) / max(seconds, 1e-9),
+        }
+        if self.curves:
+            self.curves.add(self.state.step, self.state.step / self.per_epoch, values)
+        self.post({"step": self.state.step, **values})
+
+    def _check_finite(self, sums: torch.Tensor) -> None:
+        broken = (~torch.isfinite(sums).all(dim=1)).nonzero().flatten()
+        if len(broken):
+            step = self.state.step - len(sums) + int(broken[0]) + 1
+            raise UserError(
+                f"{self.job.role} training: the loss at step {step} is not finite. Lower {self._section()}.learning_rate,"
+                f" or set {self._section()}.precision=fp32"
+            )
+
+    def _section(self) -> str:
+        return "teacher.fine_tune" if self.job.role == "teacher" else "train"
+
+    def _validate(self) -> None:
+        if self.meter.steps:
+            self._report(learning_rate(self.settings, self.state.step - 1, self.total))
+        values = validation_metrics(self)
+        value = values[self.job.metric]
+        better = self.state.best_value is None or (
+            value < self.state.best_value if self.job.metric in LOWER_IS_BETTER else value > self.state.best_value
+        )
+        if better:
+            self.state.best_value, self.state.best_step = value, self.state.step
+        self.state.validations_without_gain = 0 if better else self.state.validations_without_gain + 1
+        if self.curves:
+            self.curves.add(self.state.step, self.state.step / self.per_epoch, values, group="validation")
+        self.post({"step": self.state.step, "validation": values, "best": better})
+        self._save()
+
+    def _save(self) -> None:
+        if self.meter.steps:
+            self._report(learning_rate(self.settings, self.state.step - 1, self.total))
+        weights, optimizer = self.engine.weights(), self.engine.optimizer_state()
+        if self.rank == 0:
+            assert self.curves is not None
+            self.curves.save()
+            self.checkpoints.save(self.state, weights, optimizer)
+        dist.barrier()
+
+    def _is_due(self, every: int) -> bool:
+        return self.state.step % every == 0
+
+    def _out_of_patience(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.state.validations_without_gain >= patience
+
+    def _should_stop(self) -> bool:
+        """Whether a stop was asked for; with several ranks they agree on it every few steps."""
+        if self.world == 1:
+            return self.stopped()
+        if not self._is_due(self.settings.log_every):
+            return False
+        wish = torch.tensor([float(self.rank == 0 and self.stopped())], device=self.device)
+        dist.all_reduce(wish)
+        return bool(wish.item())
+
+    def _publish_best(self) -> None:
+        """Writes the best checkpoint as a Hugging Face folder."""
+        best = self.checkpoints.load(self.state.best_step)
+        staged = self.store.staging(self.job.product)
+        staged.mkdir(parents=True)
+        save_classifier(self.model, self.tokenizer, best.weights(), staged)
+        facts = {
+            "metric": self.job.metric,
+            "best_value": self.state.best_value,
+            "best_step": self.state.best_step,
+            "steps": self.state.step,
+            "seconds": round(self.state.seconds, 1),
+            "parameters": count_parameters(self.model),
+            "precision": self.job.precision,
+        }
+        commit_folder(self.store, staged, self.job.product, self.job.fingerprint, facts)
+
+    def close(self) -> None:
+        if self.curves:
+            self.curves.close()
+        for split in (self.train_split, self.validation_split):
+            split.close()
+        self.engine.close()
+
+
+def build_model(job: TrainingJob) -> tuple[Any, Any]:
+    """The model with its first weights, and its tokenizer; the same on every rank."""
+    labels, length = list(job.labels), job.config.data.max_length
+    if job.role == "teacher":
+        folder = find_model("teacher.model", job.config.teacher.model, job.config.teacher.revision)
+        torch.manual_seed(job.settings.seed)
+        return start_classifier("teacher.model", folder, labels), load_tokenizer(folder, "teacher.model")
+    folder = find_model("teacher.model", job.teacher, job.config.teacher.revision)
+    return build_student(
+        job.config.student, teacher_folder=folder, labels=labels, max_length=length, seed=job.settings.seed
+    )
+
+
+def validation_metrics(worker: _Worker) -> dict[str, float]:
+    """Metrics of the validation split, over all ranks: accuracy, macro F1, NLL, and KL and agreement with the teacher.
+
+    Batches are dealt to the ranks in turn; a rank that runs out repeats its first batch without counting it, because
+    under ZeRO-3 every rank takes part in every forward pass.
+    """
+    classes = len(worker.job.labels)
+    sums = torch.zeros(3 + 3 * classes, dtype=torch.float64, device=worker.device)
+    pending: list[Batch] = []
+    with worker.engine.evaluation():
+        for batch in worker.validation_split.length_batches(VALIDATION_TOKENS[worker.device.type]):
+            pending.append(batch)
+            if len(pending) == worker.world:
+                sums += _validation_sums(worker, pending[worker.rank], classes)
+                pending = []
+        if pending:
+            mine = pending[min(worker.rank, len(pending) - 1)]
+            found = _validation_sums(worker, mine, classes)
+            sums += found if worker.rank < len(pending) else 0
+    dist.all_reduce(sums)
+    nll, kl, agreed = sums[:3].tolist()
+    true, predicted, hits = sums[3:].reshape(3, classes)
+    rows = worker.validation_split.rows
+    present = (true + predicted) > 0
+    values = {
+        "accuracy": float(hits.sum()) / rows,
+        "macro_f1": float((2 * hits / (true + predicted).clamp(min=1))[present].mean()),
+        "nll": nll / rows,
+    }
+    if worker.job.uses_cache:
+        values |= {"kl": kl / rows, "agreement": agreed / rows}
+    return values
+
+
+def _validation_sums(worker: _Worker, batch: Batch, classes: int) -> torch.Tensor:
+    """NLL, KL at temperature 1, agreements, then rows by true class, by predicted class, and hits by class."""
+    logits_NK = worker.engine.logits(batch.inputs)
+    labels_N = batch.labels_N.to(worker.device)
+    predicted_N = logits_NK.argmax(dim=-1)
+    kl = agreed = torch.zeros((), device=worker.device)
+    if batch.teacher is not None:
+        teacher_NK = batch.teacher.to(worker.device).logits_NK
+        kl = forward_kl_sum(teacher_NK, logits_NK, temperature=1.0)
+        agreed = (predicted_N == teacher_NK.argmax(dim=-1)).sum()
+    scalars = torch.stack([cross_entropy_sum(logits_NK, labels_N), kl, agreed.float()])
+    hits_N = labels_N[predicted_N == labels_N]
+    counts = [torch.bincount(values, minlength=classes) for values in (labels_N, predicted_N, hits_N)]
+    return torch.cat([scalars.double(), *(c.double() for c in counts)])
+
+
+class _Meter:
+    """Sums of the last steps, kept on the device so that no step waits for them."""
+
+    LOSS, CROSS_ENTROPY, KL, ROWS = range(4)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rows: list[torch.Tensor] = []
+        self._step = torch.zeros(4, dtype=torch.float64, device=device)
+        self._seconds = 0.0
+        self._has_kl = False
+
+    @property
+    def steps(self) -> int:
+        return len(self._rows)
+
+    def add(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], rows: int) -> None:
+        self._has_kl = "kl" in parts
+        kl = parts.get("kl", torch.zeros((), device=self._device))
+        count = torch.tensor(float(rows), device=self._device)
+        self._step += torch.stack([loss.float(), parts["cross_entropy"].float(), kl.float(), count])
+
+    def end_step(self, seconds: float) -> None:
+        self._rows.append(self._step)
+        self._step = torch.zeros_like(self._step)
+        self._seconds += seconds
+
+    def take(self) -> tuple[torch.Tensor, float]:
+        """The sums of each step since the last call, (steps, 4), and the seconds that they took."""
+        sums, seconds = torch.stack(self._rows), self._seconds
+        self._rows, self._seconds = [], 0.0
+        return sums, seconds
+
+    def means(self, sums: torch.Tensor) -> dict[str, float]:
+        """Means per row over the steps: the loss and its parts."""
+        totals = sums.sum(dim=0) / sums[:, self.ROWS].sum()
+        values = {"loss": float(totals[self.LOSS]), "cross_entropy": float(totals[self.CROSS_ENTROPY])}
+        return values | ({"kl": float(totals[self.KL])} if self._has_kl else {})
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 4099 + rank
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

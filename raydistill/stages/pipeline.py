@@ -1,0 +1,97 @@
+"""A run from its config to its report: which stages, in order, under one lock, with everything checked first."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from raydistill.config import Config
+from raydistill.config_file import to_yaml
+from raydistill.errors import UserError
+from raydistill.record.lock import run_lock
+from raydistill.record.run import PARTS, Run, open_run
+from raydistill.stages.cluster import connect
+from raydistill.stages.evaluate import evaluate
+from raydistill.stages.preflight import Cost, check_models, check_resources, cost
+from raydistill.stages.prepare import Surveyed, prepare, standing_data, survey_sources
+from raydistill.stages.progress import Progress
+from raydistill.stages.teach import teach
+from raydistill.stages.train import train
+
+
+def run_stages(
+    config: Config, stages: tuple[str, ...], progress: Progress, *, redo: str | None = None
+) -> dict[str, Any] | None:
+    """Does the stages in order, skipping what is complete; the report, when evaluate is among them.
+
+    Raises UserError for what the user can mend, before anything is written, and Interrupted after a signal.
+    """
+    if redo and redo not in stages:
+        raise UserError(f"--redo {redo}: this command does {', '.join(stages)} only. Use raydistill run --redo {redo}")
+    run = open_run(config.storage, config.name, cache_from=config.teacher.cache_from, redo=redo)
+    with run_lock(run.store), progress.catching_signals():
+        surveyed = check(config, run, stages, progress)
+        with _cluster(config, stages) as resources:
+            if resources is not None:
+                check_resources(config, stages, resources)
+            if redo:
+                for part, facts in PARTS.items():
+                    if facts.stage == redo:
+                        run.set_aside(part)
+            write_config(config, run)
+            if "prepare" in stages:
+                prepare(config, run, surveyed, progress)
+            if "teach" in stages:
+                teach(config, run, resources, progress)
+            if "train" in stages:
+                train(config, run, resources, progress)
+            return evaluate(config, run, resources, progress) if "evaluate" in stages else None
+
+
+def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress) -> Surveyed | None:
+    """Everything that can be checked without a worker; what prepare found in the sources, when it has work to do."""
+    surveyed = None
+    if "prepare" in stages and not run.lender and standing_data(config, run) is None:
+        surveyed = survey_sources(config, progress)
+    labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
+    if stages != ("prepare",):
+        check_models(config, run, labels)
+    return surveyed
+
+
+def write_config(config: Config, run: Run) -> None:
+    """The resolved configuration, which can be run as it is."""
+    text = to_yaml(config).encode()
+    if not run.store.exists("config.yaml") or run.store.read("config.yaml") != text:
+        run.store.write("config.yaml", text)
+
+
+@contextlib.contextmanager
+def _cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Any]:
+    """The cluster for stages that need one; a cluster that was started here ends with the run."""
+    if stages == ("prepare",):
+        yield None
+        return
+    import ray
+
+    started_here = not ray.is_initialized()
+    resources = connect(config)
+    try:
+        yield resources
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def plan(config: Config, progress: Progress) -> Cost:
+    """What a run will cost, after every check that needs no worker. Writes nothing."""
+    run = open_run(config.storage, config.name, cache_from=config.teacher.cache_from)
+    if run.lender:
+        data = run.require("data")
+        rows, labels = data.facts["rows"], data.facts["labels"]
+    else:
+        surveyed = survey_sources(config, progress)
+        rows, labels = {split: surveyed.rows(split) for split in ("train", "validation", "test")}, surveyed.labels
+    check_models(config, run, labels)
+    return cost(config, rows, len(labels))

@@ -1,0 +1,97 @@
+"""What can be checked before a worker starts or a byte is written, and what a run will cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydistill.cache.codecs import CODECS
+from raydistill.config import Config
+from raydistill.data.order import steps_per_epoch
+from raydistill.data.tokens import load_tokenizer
+from raydistill.errors import UserError
+from raydistill.models import check_length, find_model, label_order
+from raydistill.record.run import Run
+from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
+from raydistill.stages.progress import size
+from raydistill.stages.trainer import settings_of
+
+CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (1, 4)}
+
+
+def check_models(config: Config, run: Run, labels: list[str]) -> None:
+    """Teacher and student against the data. Raises UserError for the first thing that does not fit."""
+    folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+    load_tokenizer(folder, "teacher.model")
+    check_length("the teacher", folder, config.data.max_length)
+    if config.teacher.fine_tune is None:
+        label_order("teacher.model", folder, labels)
+    elif run.lender and run.plan("teacher") is None:
+        raise UserError(
+            "teacher.fine_tune: the run in teacher.cache_from did not fine-tune its teacher. Remove the section"
+        )
+    if not CODECS[config.teacher.codec].covers(config.train.loss.temperature):
+        raise UserError(
+            f"train.loss.temperature: {config.teacher.codec} does not cover {config.train.loss.temperature}"
+        )
+    if config.student.init == "pretrained":
+        assert config.student.model is not None
+        student = find_model("student.model", config.student.model, config.student.revision)
+        load_tokenizer(student, "student.model")
+        check_length("the student", student, config.data.max_length)
+    elif config.student.init == "teacher_layers" and config.student.layers:
+        _check_layers(folder, config.student.layers)
+
+
+def _check_layers(folder: Path, layers: tuple[int, ...]) -> None:
+    facts = json.loads((folder / "config.json").read_text())
+    count = facts.get("num_hidden_layers", facts.get("n_layers"))
+    if count is not None and layers[-1] >= count:
+        raise UserError(f"student.layers: found {layers[-1]}, the teacher's layers are 0 to {count - 1}")
+
+
+def check_resources(config: Config, stages: tuple[str, ...], resources: Resources) -> None:
+    """Every stage's share of the cluster. Raises UserError for what would wait for ever."""
+    if "teach" in stages or "evaluate" in stages:
+        share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    roles = ["teacher"] if "teach" in stages and config.teacher.fine_tune else []
+    roles += ["student"] if "train" in stages else []
+    for role in roles:
+        settings, section = settings_of(config, role)
+        share_for_training(resources, settings, section)
+        check_precision(resources, settings.precision, section)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will do."""
+
+    rows: dict[str, int]
+    teacher_forwards: int
+    cache_bytes: int
+    steps: dict[str, int]
+
+    def lines(self) -> list[str]:
+        steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
+        return [
+            "rows: " + ", ".join(f"{count:,} {split}" for split, count in self.rows.items()),
+            f"teacher forwards for the cache: {self.teacher_forwards:,} rows, once each",
+            f"cache: {size(self.cache_bytes)}",
+            f"optimiser steps at most: {steps}",
+        ]
+
+
+def cost(config: Config, rows: dict[str, int], classes: int) -> Cost:
+    """The cost of a run over these rows."""
+    per_class, per_row = CODEC_BYTES[config.teacher.codec]
+    forwards = rows["train"] + rows["validation"]
+    steps = {}
+    for role in ("teacher", "student", "control"):
+        if (role == "teacher" and config.teacher.fine_tune is None) or (
+            role == "control" and not config.evaluate.control
+        ):
+            continue
+        settings, _ = settings_of(config, role)
+        steps[role] = settings.epochs * steps_per_epoch(rows["train"], settings.batch_size)
+    return Cost(rows, forwards, forwards * (classes * per_class + per_row), steps)

@@ -1,0 +1,87 @@
+"""What a stage tells the person who waits: lines of progress, and whether a signal asked it to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from raydistill.errors import Interrupted
+
+GRACE_SECONDS = 8.0
+
+
+class Progress:
+    """Passed through every stage. `say` is for people and takes one line; a subclass may draw bars instead."""
+
+    def __init__(self, say: Callable[[str], None] = lambda line: None, every_seconds: float = 5.0) -> None:
+        self.say = say
+        self._every_seconds = every_seconds
+        self._last: dict[str, float] = {}
+        self._stop = threading.Event()
+        self.signal = 0
+
+    def counts(self, what: str, done: int, total: int | None, unit: str, started: float, facts: str = "") -> None:
+        """Says how far a count has come, its rate and the time left, at most once in a few seconds and at the end."""
+        now = time.monotonic()
+        finished = total is not None and done >= total
+        if not finished and now - self._last.get(what, started) < self._every_seconds:
+            return
+        self._last[what] = now
+        rate = done / max(now - started, 1e-9)
+        text = f"{what}: {done:,}" + (f" of {total:,}" if total is not None else "") + f" {unit}, {rate:,.0f} {unit}/s"
+        if total is not None and not finished and rate > 0:
+            text += f", {duration((total - done) / rate)} left"
+        self.say(text + (f", {facts}" if facts else ""))
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def check(self) -> None:
+        """Raises Interrupted when a signal has come."""
+        if self.stopping:
+            raise Interrupted(self.signal)
+
+    @contextlib.contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a stop once; the second one, or no end within a few seconds, ends the process."""
+
+        def handle(signum: int, _frame: Any) -> None:
+            if self.stopping:
+                os._exit(128 + signum)
+            self.signal = signum
+            self._stop.set()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 42 s, 3 min 20 s, 2 h 05 min."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(size_bytes: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.3g} TB"

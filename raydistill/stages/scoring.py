@@ -1,0 +1,213 @@
+"""A model over data shards: Ray Data maps actors over shard descriptors, one task makes one shard of logits.
+
+What flows through Ray Data are names of shards; the actor reads its shard, sorts it by length, packs token-budget
+batches, scores, and commits the shard of logits itself. A retried task writes the same bytes. While one shard is in
+the forward pass, the actor's second thread reads and tokenises the next.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydistill.cache.shards import write_logits
+from raydistill.data.shards import DataShard, read_shard
+from raydistill.data.tokens import Tokens, load_tokenizer, pack_by_length, pad, tokenise
+from raydistill.errors import UserError
+from raydistill.models import find_model, label_order, load_classifier
+from raydistill.record.commit import Entry, Manifest, committed_shard
+from raydistill.record.store import open_store
+from raydistill.stages.cluster import Share
+from raydistill.stages.progress import Progress
+
+TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16_384}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """Which model, over which shards, into which folder. Every field can be sent to a worker."""
+
+    setting: str
+    model: str
+    revision: str | None
+    model_folder: str | None  # within the run's store, for a model that was made here
+    labels: tuple[str, ...]
+    data_url: str
+    output_url: str
+    folder: str
+    fingerprint: str
+    codec: str
+    dtype: str
+    max_length: int
+    tokens_per_batch: int | None
+
+
+class Scorer:
+    """A model in eval mode on its device, for shards of texts."""
+
+    def __init__(self, job: ScoringJob, device: str | None = None, threads: int | None = None) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self._job = job
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._data, self._output = open_store(job.data_url), open_store(job.output_url)
+        folder = self._find()
+        self._order = label_order(job.setting, folder, list(job.labels))
+        self._tokenizer = load_tokenizer(folder, job.setting)
+        self._model = load_classifier(job.setting, folder, dtype=DTYPES[job.dtype]).to(self._device)
+        self._model.requires_grad_(False)
+        self._versions = self._written_counts()
+        self._forward = threading.Lock()
+
+    def _find(self) -> Path:
+        if self._job.model_folder is None:
+            return find_model(self._job.setting, self._job.model, self._job.revision)
+        return find_model(self._job.setting, str(self._output.local(self._job.model_folder)))
+
+    def score_shard(self, entry: Entry) -> tuple[Entry, dict[str, float]]:
+        """Scores and commits one shard: its entry, and the seconds and tokens it took."""
+        rows = read_shard(self._data, entry)
+        tokens = tokenise(self._tokenizer, rows.texts, self._job.max_length)
+        with self._forward:
+            started = time.perf_counter()
+            logits = self.logits(tokens)
+            seconds = time.perf_counter() - started
+            self._check_frozen()
+        self._check_finite(rows, logits)
+        name = f"{self._job.folder}/{entry.file}"
+        try:
+            made = write_logits(
+                self._output, name, rows.row_ids_N, logits, codec=self._job.codec, fingerprint=self._job.fingerprint
+            )
+        except ValueError as error:
+            raise UserError(f"{self._job.setting}: shard {entry.file}: {error}") from None
+        lengths = tokens.lengths_N
+        truncated = int((lengths >= self._job.max_length).sum())
+        return made, {"seconds": seconds, "tokens": float(lengths.sum()), "at_max_length": truncated}
+
+    def logits(self, tokens: Tokens) -> np.ndarray:
+        """float32 logits of every row in the order of the data's labels."""
+        result = np.empty((len(tokens), len(self._order)), np.float32)
+        budget = self._job.tokens_per_batch or TOKENS_PER_BATCH[self._device.type]
+        with torch.inference_mode():
+            for batch in pack_by_length(tokens.lengths_N, budget):
+                inputs = pad([tokens.row(int(i)) for i in batch], self._tokenizer.pad_token_id)
+                output = self._model(**{name: value.to(self._device) for name, value in inputs.items()}).logits
+                result[batch] = output.float().cpu().numpy()[:, self._order]
+        return result
+
+    def _check_finite(self, rows: DataShard, logits: np.ndarray) -> None:
+        broken = ~np.isfinite(logits).all(axis=1)
+        if broken.any():
+            raise UserError(
+                f"{self._job.setting}: its output for row {rows.row_ids_N[broken][0]} (shard {rows.name}) is not finite,"
+                f" and {int(broken.sum()) - 1} more in the shard. Check its weights, or set teacher.dtype=float32"
+            )
+
+    def _written_counts(self) -> int:
+        """torch counts in-place writes to each tensor; the sum stays the same while nothing writes to the weights."""
+        return sum(p._version for p in self._model.parameters())
+
+    def _check_frozen(self) -> None:
+        assert not self._model.training, "the model left eval mode"
+        assert not any(p.requires_grad for p in self._model.parameters()), "a weight of the model asks for a gradient"
+        assert self._written_counts() == self._versions, "the model's weights were written to while it scored"
+
+
+class ScoringActor:
+    """A Scorer as a Ray Data UDF: one shard descriptor in, one small record out. What the user must mend comes back as text."""
+
+    def __init__(self, job: ScoringJob, threads: int) -> None:
+        self._problem = ""
+        try:
+            self._scorer = Scorer(job, threads=threads)
+        except UserError as error:
+            self._problem = str(error)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        entry = Entry(
+            *(batch[name][0].item() if hasattr(batch[name][0], "item") else batch[name][0] for name in ENTRY_FIELDS)
+        )
+        record = {"problem": self._problem, "seconds": 0.0, "tokens": 0.0, "at_max_length": 0, **asdict(entry)}
+        if not self._problem:
+            try:
+                made, facts = self._scorer.score_shard(entry)
+                record |= {**asdict(made), **facts}
+            except UserError as error:
+                record["problem"] = str(error)
+        return {name: [value] for name, value in record.items()}
+
+
+ENTRY_FIELDS = ("file", "sha256", "size", "rows")
+
+
+def score(
+    job: ScoringJob, data: Manifest, splits: tuple[str, ...], share: Share, progress: Progress, what: str
+) -> tuple[list[Entry], dict[str, float]]:
+    """Scores the shards of these splits that are not committed yet, on the cluster.
+
+    Returns the entries of all shards in order, and rows, tokens and forward seconds of what was scored now.
+    Raises UserError for what a worker found wrong, Interrupted after a signal; committed shards stay in both cases.
+    """
+    wanted = [entry for split in splits for entry in data.shards(split)]
+    output = open_store(job.output_url)
+    done = {
+        e.file: e for e in (committed_shard(output, f"{job.folder}/{w.file}", job.fingerprint) for w in wanted) if e
+    }
+    missing = [entry for entry in wanted if entry.file not in done]
+    totals = {"rows": 0.0, "tokens": 0.0, "seconds": 0.0, "at_max_length": 0.0, "wall_seconds": 0.0}
+    started = time.monotonic()
+    if done and missing:
+        progress.say(f"{what}: {len(done)} of {len(wanted)} shards are committed and kept")
+
+    def take(record: dict[str, Any]) -> None:
+        if record["problem"]:
+            raise UserError(record["problem"])
+        done[record["file"]] = Entry(*(record[name] for name in ENTRY_FIELDS))
+        for name in ("rows", "tokens", "seconds", "at_max_length"):
+            totals[name] += record[name]
+        progress.counts(what, int(totals["rows"]), sum(e.rows for e in missing), "rows", started)
+        progress.check()
+
+    if missing:
+        _map_shards(job, missing, share, progress, take)
+    totals["wall_seconds"] = time.monotonic() - started
+    return [done[entry.file] for entry in wanted], totals
+
+
+def _map_shards(
+    job: ScoringJob, entries: list[Entry], share: Share, progress: Progress, take: Callable[[dict[str, Any]], None]
+) -> None:
+    """Runs the actor pool over the shards and hands every record to `take` as it comes."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.verbose_progress = False
+    actors = min(share.processes, len(entries))
+    rows = ray.data.from_items([asdict(entry) for entry in entries], override_num_blocks=len(entries))
+    records = rows.map_batches(
+        ScoringActor,
+        fn_constructor_args=(job, share.cpus),
+        batch_size=1,
+        batch_format="numpy",
+        num_cpus=share.cpus,
+        num_gpus=share.gpus or None,
+        compute=ray.data.ActorPoolStrategy(
+            size=actors,
+            max_tasks_in_flight_per_actor=2,
+            enable_true_multi_threading=True,
+            max_concurrent_calls_per_actor=2,
+        ),
+    )
+    progress.check()
+    for record in records.iter_rows():
+        take(record)

@@ -1,0 +1,119 @@
+"""Stage teach: the teacher, fine-tuned here when it is asked for, scores train and validation once; test it never sees.
+
+What it writes is the teacher cache: one shard of logits for each data shard.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from raydistill.config import Config
+from raydistill.data.tokens import load_tokenizer
+from raydistill.models import check_length, find_model, label_order, model_identity
+from raydistill.record.commit import Manifest, commit_manifest
+from raydistill.record.fingerprint import Plan
+from raydistill.record.run import PARTS, Run
+from raydistill.stages.cluster import Resources, gains_from_bf16, share_for_actors
+from raydistill.stages.progress import Progress, size
+from raydistill.stages.scoring import ScoringJob, score
+from raydistill.stages.trainer import train_model
+
+SPLITS = ("train", "validation")
+
+
+def teach(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
+    """Writes the teacher cache; its manifest. Raises UserError for a teacher that does not fit the data."""
+    data = run.require("data")
+    if run.lender:
+        run.require("cache")
+    if config.teacher.fine_tune is not None and not run.lender:
+        train_model("teacher", config, run, resources, progress)
+    plan = cache_plan(config, run, data, resources)
+    if (manifest := run.begin("cache", plan)) is not None:
+        progress.say(f"teach: complete, {sum(e.rows for e in manifest.files):,} rows cached")
+        return manifest
+    share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    job = teacher_job(
+        config, run, data, folder="teacher/cache", fingerprint=plan.fingerprint, dtype=plan.inputs["teacher.dtype"]
+    )
+    entries, totals = score(job, data, SPLITS, share, progress, "teach")
+    rows = sum(entry.rows for entry in entries)
+    facts = {
+        "codec": config.teacher.codec,
+        "classes": len(data.facts["labels"]),
+        "labels": data.facts["labels"],
+        "temperatures": "any",
+        "rows": rows,
+        "bytes_per_row": sum(entry.size for entry in entries) / rows,
+    }
+    manifest = commit_manifest(run.store, "teacher/cache", plan.fingerprint, entries, facts)
+    progress.say(
+        f"teach: {rows:,} rows cached, one teacher forward each, {facts['bytes_per_row']:.0f} bytes a row,"
+        f" {size(sum(e.size for e in entries))}"
+        + (
+            f"; {int(totals['at_max_length']):,} rows reach max_length and may be cut"
+            if totals["at_max_length"]
+            else ""
+        )
+    )
+    return manifest
+
+
+def teacher_folder(config: Config, run: Run) -> Path:
+    """The local folder of the teacher that scores: fine-tuned here, or as the user gave it."""
+    if config.teacher.fine_tune is not None:
+        return run.home("teacher").local(PARTS["teacher"].product)
+    return find_model("teacher.model", config.teacher.model, config.teacher.revision)
+
+
+def teacher_job(config: Config, run: Run, data: Manifest, *, folder: str, fingerprint: str, dtype: str) -> ScoringJob:
+    """How the teacher scores shards into a folder."""
+    made_here = config.teacher.fine_tune is not None
+    model = str(teacher_folder(config, run)) if made_here else config.teacher.model
+    return ScoringJob(
+        setting="teacher.model",
+        model=model,
+        revision=config.teacher.revision,
+        model_folder=PARTS["teacher"].product if made_here and not run.lender else None,
+        labels=tuple(data.facts["labels"]),
+        data_url=run.home("data").root,
+        output_url=run.store.root,
+        folder=folder,
+        fingerprint=fingerprint,
+        codec=config.teacher.codec,
+        dtype=dtype,
+        max_length=config.data.max_length,
+        tokens_per_batch=config.teacher.tokens_per_batch,
+    )
+
+
+def teacher_dtype(config: Config, run: Run, resources: Resources) -> str:
+    """The forward pass's dtype: as asked; as the standing cache was made; or what this cluster gains from."""
+    if config.teacher.dtype != "auto":
+        return config.teacher.dtype
+    standing = run.plan("cache")
+    if standing is not None:
+        return str(standing.inputs["teacher.dtype"])
+    return "bfloat16" if gains_from_bf16(resources) else "float32"
+
+
+def cache_plan(config: Config, run: Run, data: Manifest, resources: Resources) -> Plan:
+    """Everything that determines the bytes of the cache."""
+    return Plan("cache", cache_inputs(config, run, data, teacher_dtype(config, run, resources)))
+
+
+def cache_inputs(config: Config, run: Run, data: Manifest, dtype: str) -> dict[str, Any]:
+    """Checks the teacher against the data and names what determines its outputs."""
+    folder = teacher_folder(config, run)
+    labels = data.facts["labels"]
+    check_length("the teacher", folder, config.data.max_length)
+    load_tokenizer(folder, "teacher.model")
+    return {
+        "data": data.fingerprint,
+        "teacher": model_identity(folder),
+        "label_order": label_order("teacher.model", folder, labels),
+        "data.max_length": config.data.max_length,
+        "teacher.codec": config.teacher.codec,
+        "teacher.dtype": dtype,
+    }

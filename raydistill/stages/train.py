@@ -1,0 +1,18 @@
+"""Stage train: the student learns from the teacher's cached outputs and the labels."""
+
+from __future__ import annotations
+
+from raydistill.config import Config
+from raydistill.record.commit import Manifest
+from raydistill.record.run import Run
+from raydistill.stages.cluster import Resources
+from raydistill.stages.progress import Progress
+from raydistill.stages.teach import teacher_folder
+from raydistill.stages.trainer import train_model
+
+
+def train(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
+    """Trains the student from the cache and writes `student/`; its manifest."""
+    run.require("data")
+    run.require("cache")
+    return train_model("student", config, run, resources, progress, teacher=str(teacher_folder(config, run)))

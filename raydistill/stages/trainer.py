@@ -1,0 +1,274 @@
+"""Ray Train around the loop: plan a training, start its workers, pass on progress and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import uuid
+from typing import Any
+
+from raydistill.config import Config, TeacherMetrics, Train, Training, identity
+from raydistill.errors import Interrupted, UserError
+from raydistill.losses.objective import Objective
+from raydistill.models import find_model, model_identity
+from raydistill.record.commit import Manifest
+from raydistill.record.fingerprint import Plan
+from raydistill.record.run import PARTS, Run
+from raydistill.record.store import LocalStore, Store
+from raydistill.stages.cluster import (
+    Resources,
+    check_precision,
+    gains_from_bf16,
+    new_mailbox,
+    share_for_training,
+    worker_environment,
+)
+from raydistill.stages.loop import TrainingJob, run_training
+from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
+
+POLL_SECONDS = 0.2
+
+
+def settings_of(config: Config, role: str) -> tuple[Training, str]:
+    """The settings of a training and the section that they stand in."""
+    if role == "teacher":
+        assert config.teacher.fine_tune is not None
+        return config.teacher.fine_tune, "teacher.fine_tune"
+    return config.train, "train"
+
+
+def train_model(
+    role: str, config: Config, run: Run, resources: Resources, progress: Progress, *, teacher: str = ""
+) -> Manifest:
+    """Trains the teacher, the student or its control, and writes it in Hugging Face form; the manifest of its folder.
+
+    What stands complete for the same inputs is kept; a training that was stopped goes on from its last checkpoint.
+    Raises UserError for what the user can mend, Interrupted after a signal, with the state saved.
+    """
+    settings, section = settings_of(config, role)
+    share = share_for_training(resources, settings, section)
+    plan = training_plan(role, config, run, resources, teacher)
+    if (manifest := run.begin(role, plan)) is not None:
+        progress.say(f"{role}: complete, {_result(manifest)}")
+        return manifest
+    precision = plan.inputs["precision"]
+    check_precision(resources, precision, section)
+    job = training_job(role, config, run, plan, teacher)
+    _fit(job, share.processes, {"CPU": share.cpus, "GPU": share.gpus}, resources, progress)
+    manifest = run.require(role)
+    progress.say(f"{role}: {_result(manifest)}, {manifest.facts['parameters']:,} parameters")
+    return manifest
+
+
+def _result(manifest: Manifest) -> str:
+    facts = manifest.facts
+    return (
+        f"best validation {facts['metric']} {facts['best_value']:.4f} at step {facts['best_step']:,}"
+        f" of {facts['steps']:,}, {duration(facts['seconds'])} of steps"
+    )
+
+
+def training_plan(role: str, config: Config, run: Run, resources: Resources, teacher: str) -> Plan:
+    """Everything that determines a training's result."""
+    settings, section = settings_of(config, role)
+    inputs: dict[str, Any] = {"data": run.require("data").fingerprint, "data.max_length": config.data.max_length}
+    if role == "teacher":
+        folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+        inputs["teacher.model"] = model_identity(folder)
+    else:
+        inputs |= student_inputs(config, teacher)
+    if role == "student":
+        inputs["cache"] = run.require("cache").fingerprint
+    skip = ("precision", "loss") if role == "control" else ("precision",)
+    inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
+    inputs["precision"] = resolve_precision(settings, run.plan(role), resources)
+    return Plan(role, inputs)
+
+
+def student_inputs(config: Config, teacher: str) -> dict[str, Any]:
+    """What determines a student's first weights and tokenizer."""
+    inputs: dict[str, Any] = {
+        f"student.{name}": value for name, value in identity(config.student).items() if value is not None
+    }
+    if config.student.init == "pretrained":
+        assert config.student.model is not None
+        inputs["student.model"] = model_identity(
+            find_model("student.model", config.student.model, config.student.revision)
+        )
+    else:
+        source = model_identity(find_model("teacher.model", teacher, config.teacher.revision))
+        names = ("tokenizer_sha256",) if config.student.init == "config" else tuple(source)
+        inputs["teacher"] = {name: source[name] for name in names}
+    return inputs
+
+
+def resolve_precision(settings: Training, standing: Plan | None, resources: Resources) -> str:
+    """The precision asked for; for auto, what the standing training has, else what the device gains from."""
+    if settings.precision != "auto":
+        return settings.precision
+    if standing is not None:
+        return str(standing.inputs["precision"])
+    return "bf16" if gains_from_bf16(resources) else "fp32"
+
+
+def training_job(role: str, config: Config, run: Run, plan: Plan, teacher: str) -> TrainingJob:
+    """The plan as what a worker is sent."""
+    settings, _ = settings_of(config, role)
+    objective = Objective()
+    if role == "student":
+        assert isinstance(settings, Train)
+        objective = Objective(temperature=settings.loss.temperature, alpha=settings.loss.alpha)
+    # A control has no teacher, in its choice of checkpoint neither.
+    metric = "accuracy" if role == "control" and settings.metric in TeacherMetrics else settings.metric
+    return TrainingJob(
+        role=role, config=config, settings=settings, objective=objective, metric=metric,
+        precision=plan.inputs["precision"], labels=tuple(run.require("data").facts["labels"]),
+        fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
+        uses_cache=role == "student", teacher=teacher, folder=PARTS[role].folder, product=PARTS[role].product,
+    )  # fmt: skip
+
+
+def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resources, progress: Progress) -> None:
+    """Runs the workers to their end and passes on what they post."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    mailbox = new_mailbox()
+    scratch = f"{job.folder}/.ray/{uuid.uuid4().hex[:8]}"
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"job": job, "mailbox": mailbox, "threads": each["CPU"]},
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=each["GPU"] > 0, resources_per_worker={k: v for k, v in each.items() if v}
+        ),
+        run_config=RunConfig(
+            name="train",
+            **_ray_storage(job, scratch),
+            failure_config=FailureConfig(max_failures=job.settings.max_failures, controller_failure_limit=1),
+            worker_runtime_env={"env_vars": worker_environment(resources)},
+        ),
+    )
+    result: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            result["value"] = trainer.fit().return_value
+        except BaseException as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=fit, daemon=True, name="fit")
+    thread.start()
+    progress.say(
+        f"{job.role}: starting {workers} worker{'s' if workers > 1 else ''} with {each['CPU']} CPU each, {job.precision}"
+    )
+    _watch(job, thread, mailbox, progress)
+    _clear(job, scratch)
+    if "error" in result:
+        raise result["error"]
+    value = result["value"]
+    if "problem" in value:
+        raise UserError(value["problem"])
+    if value["outcome"] == "stopped":
+        progress.say(f"{job.role}: stopped by {signal_name(progress)}, state saved at step {value['step']:,}")
+        raise Interrupted(progress.signal)
+
+
+def signal_name(progress: Progress) -> str:
+    return str(Interrupted(progress.signal))
+
+
+def _watch(job: TrainingJob, thread: threading.Thread, mailbox: Any, progress: Progress) -> None:
+    """Shows what the workers post until they end; after a signal asks them to stop and waits a while for it."""
+    import ray
+
+    reader = _Reader(job, progress)
+    asked = None
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        with contextlib.suppress(ray.exceptions.RayError):
+            for update in ray.get(mailbox.take.remote()):
+                reader.show(update)
+        if progress.stopping and asked is None:
+            asked = time.monotonic()
+            mailbox.stop.remote()
+        if asked is not None and time.monotonic() - asked > GRACE_SECONDS:
+            progress.say(f"{job.role}: the workers did not stop in time; the last checkpoint counts")
+            raise Interrupted(progress.signal)
+
+
+class _Reader:
+    """Turns the workers' posts into lines."""
+
+    def __init__(self, job: TrainingJob, progress: Progress) -> None:
+        self._job, self._progress = job, progress
+        self._total, self._per_epoch, self._first = 0, 1, 0
+        self._started = time.monotonic()
+
+    def show(self, update: dict[str, Any]) -> None:
+        role, progress = self._job.role, self._progress
+        if "going_on_from" in update:
+            self._first = update["going_on_from"]
+            progress.say(f"{role}: going on from step {self._first:,}")
+        elif "steps" in update:
+            self._total, self._per_epoch, self._started = update["steps"], update["per_epoch"], time.monotonic()
+        elif "validation" in update:
+            values = ", ".join(f"{name} {value:.4f}" for name, value in update["validation"].items())
+            epoch = update["step"] / self._per_epoch
+            progress.say(
+                f"{role}: epoch {epoch:.3g}, step {update['step']:,}: {values}{' (best so far)' if update['best'] else ''}"
+            )
+        else:
+            facts = f"loss {update['loss']:.4f}, {update['rows_per_second']:,.0f} rows/s"
+            done, total = update["step"] - self._first, self._total - self._first
+            progress.counts(role, done, total, "steps", self._started, facts)
+
+
+def _ray_storage(job: TrainingJob, scratch: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own notes: a folder of the run that every node reaches."""
+    from raydistill.record.store import open_store
+
+    store: Store = open_store(job.run_url)
+    if isinstance(store, LocalStore):
+        return {"storage_path": store.where(scratch)}
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    files, path = fsspec.core.url_to_fs(store.where(scratch))
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(files))}
+
+
+def _clear(job: TrainingJob, scratch: str) -> None:
+    """Ray's notes of a fit that ended are of no use to the next one."""
+    from raydistill.record.store import open_store
+
+    store = open_store(job.run_url)
+    folder = scratch.rpartition("/")[0]
+    if store.exists(folder):
+        store.remove(folder)
+
+
+def _worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """What every Ray Train worker runs. What the user must mend is returned: an exception would be retried."""
+    import ray
+    import torch
+
+    torch.set_num_threads(settings["threads"])
+    mailbox = settings["mailbox"]
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(ray.exceptions.RayError):
+                if ray.get(mailbox.stopped.remote()):
+                    stop.set()
+            stop.wait(0.5)
+
+    first = torch.distributed.get_rank() == 0
+    threading.Thread(target=poll, daemon=True, name="stop").start() if first else None
+    try:
+        return run_training(
+            settings["job"], post=lambda u: mailbox.post.remote(u) if first else None, stopped=stop.is_set
+        )
+    except UserError as error:
+        return {"problem": str(error)}
