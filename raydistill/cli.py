@@ -183,7 +183,7 @@ def _main(arguments: list[str]) -> int:
     except UserError as error:
         err.print(f"error: {error}", markup=False)
         return 2
-    except typer._click.exceptions.ClickException as error:
+    except typer.TyperException as error:
         err.print(f"error: {error.format_message()}. See raydistill --help", markup=False)
         return 2
     except Interrupted as interrupted:

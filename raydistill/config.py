@@ -20,7 +20,7 @@ TeacherMetrics = ("kl", "agreement")
 
 def Speed(default: Any, **bounds: Any) -> Any:
     """A Field that changes speed or robustness only and therefore stays out of fingerprints."""
-    return Field(default, json_schema_extra={"speed": True}, **bounds)
+    return Field(default=default, json_schema_extra={"speed": True}, **bounds)
 
 
 class Section(BaseModel):
@@ -33,18 +33,22 @@ class Data(Section):
     """Where rows come from and how they become shards."""
 
     train: str = Field(min_length=1, description="a file, a glob, s3://…, gs://… or hf://dataset")
-    validation: float | str = Field(0.1, description="a stratified share of train (0 < share < 0.5), or a source")
+    validation: float | str = Field(
+        default=0.1, description="a stratified share of train (0 < share < 0.5), or a source"
+    )
     test: str = Field(min_length=1, description="read by evaluate alone")
-    text: str = Field("text", min_length=1, description="the column that holds the text")
-    label: str = Field("label", min_length=1, description="the column that holds the label's name")
-    delimiter: str = Field(",", min_length=1, max_length=1, description="of CSV files")
-    max_length: int = Field(128, ge=2, le=131_072, description="tokens a row may have; longer rows are truncated")
-    max_row_bytes: int = Field(1 << 20, ge=1, description="rows with a longer text are dropped and counted")
+    text: str = Field(default="text", min_length=1, description="the column that holds the text")
+    label: str = Field(default="label", min_length=1, description="the column that holds the label's name")
+    delimiter: str = Field(default=",", min_length=1, max_length=1, description="of CSV files")
+    max_length: int = Field(
+        default=128, ge=2, le=131_072, description="tokens a row may have; longer rows are truncated"
+    )
+    max_row_bytes: int = Field(default=1 << 20, ge=1, description="rows with a longer text are dropped and counted")
     max_dropped: float = Field(
         0.1, ge=0, le=1, description="share of a split's rows that may be dropped before it is an error"
     )
-    shard_rows: int = Field(4096, ge=1, le=1 << 20, description="rows of every shard but the last of a split")
-    split_seed: int = Field(0, ge=0, description="draws the validation rows")
+    shard_rows: int = Field(default=4096, ge=1, le=1 << 20, description="rows of every shard but the last of a split")
+    split_seed: int = Field(default=0, ge=0, description="draws the validation rows")
 
     @field_validator("validation")
     @classmethod
@@ -58,7 +62,7 @@ class DeepSpeed(Section):
     """What is handed to DeepSpeed; none of it changes what is computed, only where it is kept."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    offload_optimizer: bool = Field(False, description="keep optimiser state in host memory (zero_stage >= 1)")
+    offload_optimizer: bool = Field(default=False, description="keep optimiser state in host memory (zero_stage >= 1)")
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> DeepSpeed:
@@ -70,18 +74,22 @@ class DeepSpeed(Section):
 class Training(Section):
     """Settings of one training: of the student, of its control, or of a teacher that is fine-tuned here."""
 
-    epochs: int = Field(10, ge=1, le=100_000)
-    batch_size: int = Field(32, ge=1, description="global: rows per optimiser step over all workers and micro-batches")
-    learning_rate: float = Field(5e-4, gt=0, le=10)
+    epochs: int = Field(default=10, ge=1, le=100_000)
+    batch_size: int = Field(
+        default=32, ge=1, description="global: rows per optimiser step over all workers and micro-batches"
+    )
+    learning_rate: float = Field(default=5e-4, gt=0, le=10)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising learning rate")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="of matrices; biases and norms have none")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    precision: Precision = Field("auto", description="auto: bf16 where the device gains from it, else fp32")
-    seed: int = Field(0, ge=0, description="of initial weights, dropout and the order of rows")
-    metric: Metric = Field("accuracy", description="of validation; chooses the best checkpoint")
-    validate_every: int | None = Field(None, ge=1, description="steps between validations; absent: once an epoch")
-    patience: int | None = Field(None, ge=1, description="validations without improvement before stopping")
+    warmup: float = Field(default=0.1, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    weight_decay: float = Field(default=0.01, ge=0, le=1, description="of matrices; biases and norms have none")
+    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
+    precision: Precision = Field(default="auto", description="auto: bf16 where the device gains from it, else fp32")
+    seed: int = Field(default=0, ge=0, description="of initial weights, dropout and the order of rows")
+    metric: Metric = Field(default="accuracy", description="of validation; chooses the best checkpoint")
+    validate_every: int | None = Field(
+        default=None, ge=1, description="steps between validations; absent: once an epoch"
+    )
+    patience: int | None = Field(default=None, ge=1, description="validations without improvement before stopping")
     accumulation: int = Speed(1, ge=1, description="micro-batches per optimiser step and worker")
     gradient_checkpointing: bool = Speed(False)
     checkpoint_every: int | None = Speed(None, ge=1, description="steps between checkpoints; absent: at validations")
@@ -104,8 +112,8 @@ class Training(Section):
 class FineTune(Training):
     """The teacher's own training, with labels alone."""
 
-    epochs: int = Field(4, ge=1, le=100_000)
-    learning_rate: float = Field(2e-4, gt=0, le=10)
+    epochs: int = Field(default=4, ge=1, le=100_000)
+    learning_rate: float = Field(default=2e-4, gt=0, le=10)
 
     @model_validator(mode="after")
     def _has_no_teacher(self) -> FineTune:
@@ -118,11 +126,13 @@ class Teacher(Section):
     """The large model and the cache of its outputs."""
 
     model: str = Field(min_length=1, description="a folder or a hub id; safetensors weights")
-    revision: str | None = Field(None, description="of a hub id")
-    fine_tune: FineTune | None = Field(None, description="absent: the teacher is used as it is")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the forward pass")
-    codec: Literal["dense-float16", "dense-int8"] = Field("dense-float16", description="2 or 1 byte per class and row")
-    cache_from: str | None = Field(None, description="another run's folder, whose data and cache are used")
+    revision: str | None = Field(default=None, description="of a hub id")
+    fine_tune: FineTune | None = Field(default=None, description="absent: the teacher is used as it is")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(default="auto", description="of the forward pass")
+    codec: Literal["dense-float16", "dense-int8"] = Field(
+        default="dense-float16", description="2 or 1 byte per class and row"
+    )
+    cache_from: str | None = Field(default=None, description="another run's folder, whose data and cache are used")
     actors: int | None = Speed(None, ge=1, description="absent: as many as the cluster has room for")
     cpus_per_actor: int = Speed(1, ge=1)
     tokens_per_batch: int | None = Speed(None, ge=1, description="absent: 512 on CPU, 16384 on GPU")
@@ -135,14 +145,14 @@ class Student(Section):
     layers: tuple[int, ...] | None = Field(
         None, description="teacher_layers: which, counted from 0; absent: every other one"
     )
-    model: str | None = Field(None, description="pretrained: a folder or a hub id")
+    model: str | None = Field(default=None, description="pretrained: a folder or a hub id")
     revision: str | None = None
-    model_type: str = Field("bert", description="config: the architecture's name in transformers")
-    hidden_size: int | None = Field(None, ge=1, description="config")
-    num_layers: int | None = Field(None, ge=1, description="config")
-    num_heads: int | None = Field(None, ge=1, description="config; absent: one for every 64 of hidden_size")
-    feed_forward: int | None = Field(None, ge=1, description="config; absent: 4 x hidden_size")
-    dropout: float | None = Field(None, ge=0, lt=1, description="absent: the architecture's own")
+    model_type: str = Field(default="bert", description="config: the architecture's name in transformers")
+    hidden_size: int | None = Field(default=None, ge=1, description="config")
+    num_layers: int | None = Field(default=None, ge=1, description="config")
+    num_heads: int | None = Field(default=None, ge=1, description="config; absent: one for every 64 of hidden_size")
+    feed_forward: int | None = Field(default=None, ge=1, description="config; absent: 4 x hidden_size")
+    dropout: float | None = Field(default=None, ge=0, lt=1, description="absent: the architecture's own")
 
     @model_validator(mode="after")
     def _settings_fit_init(self) -> Student:
@@ -171,8 +181,8 @@ class Loss(Section):
     """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy with the labels."""
 
     kind: Literal["forward_kl"] = "forward_kl"
-    temperature: float = Field(4.0, gt=0, le=1000)
-    alpha: float = Field(0.9, ge=0, le=1)
+    temperature: float = Field(default=4.0, gt=0, le=1000)
+    alpha: float = Field(default=0.9, ge=0, le=1)
 
 
 class Train(Training):
@@ -184,26 +194,26 @@ class Train(Training):
 class Evaluate(Section):
     """The proof."""
 
-    control: bool = Field(True, description="train and compare the same student without the teacher")
-    bootstrap: int = Field(2000, ge=100, le=1_000_000, description="resamples behind the 95 % intervals")
-    seed: int = Field(0, ge=0, description="of the resamples")
-    latency_requests: int = Field(256, ge=16, description="single requests timed per model")
-    threads: int = Field(1, ge=1, description="of the timed requests")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of all models that are compared")
+    control: bool = Field(default=True, description="train and compare the same student without the teacher")
+    bootstrap: int = Field(default=2000, ge=100, le=1_000_000, description="resamples behind the 95 % intervals")
+    seed: int = Field(default=0, ge=0, description="of the resamples")
+    latency_requests: int = Field(default=256, ge=16, description="single requests timed per model")
+    threads: int = Field(default=1, ge=1, description="of the timed requests")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of all models that are compared")
 
 
 class Cluster(Section):
     """Which Ray cluster; under `ray job submit` the job's own cluster is used whatever stands here."""
 
-    address: str = Field("local", min_length=1, description="local, or an address that ray.init takes")
-    cpus: int | None = Field(None, ge=1, description="of a local cluster; absent: what the process may use")
+    address: str = Field(default="local", min_length=1, description="local, or an address that ray.init takes")
+    cpus: int | None = Field(default=None, ge=1, description="of a local cluster; absent: what the process may use")
 
 
 class Config(Section):
     """One run."""
 
     name: str = Field(description="the run's folder below storage")
-    storage: str = Field("runs", min_length=1, description="a folder, s3://bucket/prefix or another fsspec URL")
+    storage: str = Field(default="runs", min_length=1, description="a folder, s3://bucket/prefix or another fsspec URL")
     task: Literal["classification"] = "classification"
     data: Data
     teacher: Teacher

@@ -10,29 +10,30 @@ from pathlib import Path
 
 from raydistill.config import Config
 from raydistill.config_file import validate
+from raydistill.models import quiet_transformers
 from raydistill.tickets import write_tickets
 
-VOCABULARY = 2000
+VOCABULARY = 1500
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def demo_config(storage: Path, *, train_rows: int = 4000, test_rows: int = 2000) -> Config:
+def demo_config(storage: Path, *, train_rows: int = 3000, test_rows: int = 2000) -> Config:
     """Writes the demo's tickets and starting model below `storage`/demo-input; the configuration of its run."""
     folder = storage / "demo-input"
     train, test = write_tickets(folder, train_rows=train_rows, test_rows=test_rows)
     with open(train, newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)]
-    write_new_bert(folder / "model", texts, hidden_size=192, layers=4, heads=3, vocabulary=VOCABULARY)
+    write_new_bert(folder / "model", texts, hidden_size=128, layers=3, heads=2, vocabulary=VOCABULARY)
     settings = {
         "name": "demo",
         "storage": str(storage),
-        "data": {"train": str(train), "test": str(test), "label": "category", "max_length": 96, "shard_rows": 1024},
+        "data": {"train": str(train), "test": str(test), "label": "category", "max_length": 64, "shard_rows": 1024},
         "teacher": {
             "model": str(folder / "model"),
             "fine_tune": {"epochs": 8, "learning_rate": 1.0e-3},
             "codec": "dense-int8",
         },
-        "student": {"init": "config", "hidden_size": 48, "num_layers": 2, "num_heads": 2, "dropout": 0.05},
+        "student": {"init": "config", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "dropout": 0.05},
         "train": {"epochs": 12, "learning_rate": 4.0e-3, "loss": {"temperature": 3.0, "alpha": 0.8}},
     }
     return validate(settings, {}, "demo")
@@ -52,13 +53,14 @@ def write_new_bert(
     """A BERT encoder with new weights and a WordPiece tokenizer trained on these texts, in Hugging Face form."""
     import torch
     from tokenizers import BertWordPieceTokenizer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
+    quiet_transformers()
     pieces = BertWordPieceTokenizer(lowercase=True)
     pieces.train_from_iterator(
         texts, vocab_size=vocabulary, min_frequency=2, special_tokens=SPECIAL, show_progress=False
     )
-    tokenizer = BertTokenizerFast(tokenizer_object=pieces._tokenizer)
+    tokenizer = BertTokenizer(tokenizer_object=pieces._tokenizer)
     tokenizer.save_pretrained(str(folder))
     torch.manual_seed(seed)
     config = BertConfig(

@@ -39,7 +39,7 @@ def deepspeed_config(settings: Training, precision: str) -> dict[str, Any]:
 
 
 def _deepspeed_clips(settings: Training, precision: str) -> bool:
-    """At stage 0 DeepSpeed clips without telling the norm, so the engine does it, unless gradients are scaled (fp16)."""
+    """At stage 0 DeepSpeed clips without telling the norm, so the engine clips, unless gradients are scaled (fp16)."""
     return settings.deepspeed.zero_stage > 0 or precision == "fp16"
 
 
@@ -53,12 +53,13 @@ class Engine:
         self._world = dist.get_world_size()
         self.module = model.to(device)
         self.device = device
-        self.names = {name: parameter for name, parameter in model.named_parameters()}
+        self.names = dict(model.named_parameters())
         optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=0.0, fused=True)
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=deepspeed_config(settings, precision)
         )
         self._grad_norm = 0.0
+        self._start_optimizer(0)
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 logits of a batch, with gradient."""
@@ -123,23 +124,30 @@ class Engine:
                 if self._stage == 0:
                     value = self._engine.optimizer.state[parameter][moment]
                 else:
-                    value = safe_get_full_optimizer_state(parameter, moment).reshape(_shape(parameter))
+                    part = safe_get_full_optimizer_state(parameter, moment)
+                    assert part is not None, f"DeepSpeed gives no {moment} of {name}"
+                    value = part.reshape(_shape(parameter))
                 state[f"{moment}.{name}"] = value.detach().to("cpu", torch.float32).clone()
         return state
 
     def restore_optimizer(self, state: dict[str, torch.Tensor], steps: int) -> None:
         """Puts back the Adam moments after `steps` optimiser steps. Collective; the weights come with the model."""
-        base = self._base_optimizer()
-        flat = {id(p): p for group in base.param_groups for p in group["params"]}.values()
-        for parameter in flat:
-            moments = {moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in MOMENTS}
-            base.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
-        if self._stage in (1, 2):
-            # Links each parameter to its part of the flat state, which DeepSpeed else does at its first step.
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        self._start_optimizer(steps)
         for name, parameter in self.names.items():
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, state[f"{moment}.{name}"].to(self.device))
+
+    def _start_optimizer(self, steps: int) -> None:
+        """Gives every parameter, used or not, Adam moments of zero after `steps` steps."""
+        optimizer, base = self._engine.optimizer, self._base_optimizer()
+        for parameter in [p for group in base.param_groups for p in group["params"]]:
+            moments = {moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in MOMENTS}
+            base.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **moments}
+        if self._stage in (1, 2):
+            # Links each parameter to its part of the flat state. DeepSpeed 0.19 does it after the first step of the
+            # first parameter group, when the second has no state yet, so that it could not be read later.
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_moment(self, parameter: torch.nn.Parameter, moment: str, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -175,7 +183,7 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
 
 
 def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and kept from compiling its CPU communication op: it serves inference only and takes a minute."""
+    """DeepSpeed, quiet, and kept from compiling its CPU communication op, which takes a minute and serves inference."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.ops

@@ -88,7 +88,7 @@ def load_classifier(setting: str, folder: Path, *, dtype: torch.dtype = torch.fl
 
 
 def start_classifier(setting: str, folder: Path, labels: list[str]) -> Any:
-    """A pretrained model with a head for these labels; a head that does not fit is new. Call torch.manual_seed first."""
+    """A pretrained model with a head for these labels, new where none fits. Call torch.manual_seed first."""
     from transformers import AutoModelForSequenceClassification
 
     id2label, label2id = label_maps(labels)
@@ -99,10 +99,7 @@ def start_classifier(setting: str, folder: Path, labels: list[str]) -> Any:
 
 
 def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     try:
         return kind.from_pretrained(
             str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
@@ -110,6 +107,14 @@ def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:
     except Exception as error:  # transformers raises many kinds for a broken folder
         first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{setting}: {folder}: does not load as a classifier ({first})") from None
+
+
+def quiet_transformers() -> None:
+    """Keeps transformers' own bars and notes off the terminal, where the run's progress stands."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def label_maps(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
@@ -126,7 +131,8 @@ def label_order(setting: str, folder: Path, labels: list[str]) -> list[int]:
     if sorted(names.values()) != sorted(labels):
         ours, theirs = sorted(set(labels) - set(names.values())), sorted(set(names.values()) - set(labels))
         raise UserError(
-            f"{setting}: {folder}: its labels are not the data's: the data have {len(labels)} ({_some(ours)} unknown to it),"
+            f"{setting}: {folder}: its labels are not the data's: the data have {len(labels)} ({_some(ours)} unknown"
+            f" to it),"
             f" it has {len(names)} ({_some(theirs)} unknown to the data). Set teacher.fine_tune, or rename its id2label"
         )
     return [{name: number for number, name in names.items()}[label] for label in labels]
@@ -155,7 +161,7 @@ def check_length(setting: str, folder: Path, max_length: int) -> None:
 
 
 def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float | None) -> Any:
-    """A student made of some of the teacher's layers, its embeddings and its head (DistilBERT, arXiv:1910.01108, section 2).
+    """A student of some of the teacher's layers, its embeddings and its head (DistilBERT, arXiv:1910.01108, section 2).
 
     Raises UserError when the architecture has no one stack of layers, or a layer is not there.
     """
@@ -186,7 +192,8 @@ def _layer_stack(model: Any, count: int) -> str:
     found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
     if len(found) != 1:
         raise UserError(
-            f"student.init: teacher_layers: {type(model).__name__} has {len(found)} stacks of {count} layers, expected one."
+            f"student.init: teacher_layers: {type(model).__name__} has {len(found)} stacks of {count} layers,"
+            " expected one."
             " Use init: config or init: pretrained"
         )
     return found[0]
@@ -231,7 +238,7 @@ def set_dropout(config: Any, dropout: float | None) -> None:
 def build_student(
     settings: Any, *, teacher_folder: Path, labels: list[str], max_length: int, seed: int
 ) -> tuple[Any, Any]:
-    """The student with its first weights, and its tokenizer, as the `student` section says; the same for the same seed."""
+    """The student with its first weights, and its tokenizer, by the `student` section; the same for the same seed."""
     torch.manual_seed(seed)
     if settings.init == "pretrained":
         folder = find_model("student.model", settings.model, settings.revision)
@@ -267,6 +274,7 @@ def _reorder_head(model: Any, order: list[int]) -> None:
 
 def save_classifier(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes a model in Hugging Face form: config, safetensors, tokenizer."""
+    quiet_transformers()
     model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
     tokenizer.save_pretrained(str(folder))
 

@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 
 from raydistill.errors import UserError
 
-Reason = Literal["empty text", "null text", "text is not text", "over max_row_bytes", "null label", "label is not a name",
-                 "malformed"]  # fmt: skip
+Reason = Literal[
+    "empty text", "null text", "text is not text", "over max_row_bytes", "null label", "label is not a name",
+    "malformed",
+]  # fmt: skip
 PARQUET_BATCH_ROWS = 1024
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
 
@@ -287,8 +289,9 @@ def _read_hub(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, 
                 if name not in row:
                     raise _no_column(setting, path, list(row), name)
         label = row[columns.label]
-        named = names is not None and isinstance(label, int) and 0 <= label < len(names)
-        yield row[columns.text], names[label] if named else label
+        if names is not None and isinstance(label, int) and 0 <= label < len(names):
+            label = names[label]
+        yield row[columns.text], label
 
 
 def _open_text(path: str) -> io.TextIOBase:

@@ -61,7 +61,7 @@ def commit_shard(store: Store, staged: Path, name: str, *, rows: int, fingerprin
 
 
 def committed_shard(store: Store, name: str, fingerprint: str) -> Entry | None:
-    """The entry of a shard that was committed under this fingerprint and is intact; None when it must be made (again)."""
+    """The entry of a shard that stands committed under this fingerprint and intact; None when it must be made."""
     sidecar = sidecar_name(name)
     if not store.exists(sidecar) or not store.exists(name):
         return None

@@ -1,7 +1,8 @@
 """What determines a stage's outputs, as one sealed document, and its sha256.
 
 `plan.json` stands in a stage's folder before any work is done. Its `inputs` name everything that determines the
-outputs, the fingerprint of the stage before it among them, so that fingerprints chain. What only changes speed stays out.
+outputs, the fingerprint of the stage before it among them, so that fingerprints chain. What only changes speed stays
+out.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ STALE_SECONDS = 120.0
 
 @contextlib.contextmanager
 def run_lock(store: Store) -> Iterator[None]:
-    """Holds the run. Raises UserError when another process does; leaves no folder behind in which nothing was written."""
+    """Holds the run; leaves behind no folder in which nothing was written. Raises UserError when it is held."""
     with _local_lock(store) if isinstance(store, LocalStore) else _object_lock(store):
         yield
 

@@ -14,7 +14,7 @@ from raydistill.record.store import Store, open_store
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a run: the stage that makes it, the folder with its plan, and the folder that its manifest completes."""
+    """A part of a run: the stage that makes it, the folder with its plan, and the one that its manifest completes."""
 
     stage: str
     folder: str

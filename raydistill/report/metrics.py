@@ -28,7 +28,7 @@ def nll(logits_NK: Floats, labels_N: Labels) -> float:
 
 
 def calibration_error(logits_NK: Floats, labels_N: Labels) -> float:
-    """Expected calibration error of the top class over 15 bins of equal mass (Nguyen and O'Connor 2015, arXiv:1508.05154)."""
+    """Expected calibration error, top class, 15 bins of equal mass (Nguyen and O'Connor 2015, arXiv:1508.05154)."""
     confidence_N = np.exp(log_softmax(logits_NK)).max(axis=1)
     hit_N = logits_NK.argmax(axis=1) == labels_N
     order = np.argsort(confidence_N, kind="stable")

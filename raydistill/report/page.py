@@ -50,7 +50,8 @@ def verdict(report: dict[str, Any]) -> list[str]:
         low, high = report["gain_over_control_ci95"]
         shown = "more" if low > 0 else "not shown to be more"
         lines.append(
-            f"Learning from the teacher brought {report['gain_over_control'] * 100:+.2f} points over the same student without it"
+            f"Learning from the teacher brought {report['gain_over_control'] * 100:+.2f} points over the same student"
+            " without it"
             f" (95 % interval {low * 100:+.2f} to {high * 100:+.2f}: {shown} than chance)."
         )
         if report["gap_closed"] is not None:

@@ -90,7 +90,8 @@ def share_for_actors(resources: Resources, *, actors: int | None, cpus_per_actor
     per_node = resources.gpus or max(resources.cpus // cpus_per_actor, 0)
     if per_node < 1:
         raise UserError(
-            f"teacher.cpus_per_actor: found {cpus_per_actor}, the cluster has {resources.cpus} CPUs. Lower it or add a node"
+            f"teacher.cpus_per_actor: found {cpus_per_actor}, the cluster has {resources.cpus} CPUs."
+            " Lower it or add a node"
         )
     if actors is not None and actors > per_node:
         what = f"{resources.gpus} GPUs" if resources.gpus else f"{resources.cpus} CPUs at {cpus_per_actor} for each"

@@ -14,7 +14,7 @@ import numpy as np
 
 from raydistill.cache.shards import read_logits
 from raydistill.config import Config, identity
-from raydistill.data.shards import read_split
+from raydistill.data.shards import read_shard, read_split
 from raydistill.models import model_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
@@ -31,6 +31,7 @@ from raydistill.stages.teach import teacher_folder
 from raydistill.stages.trainer import train_model
 
 TIMED_ROWS = 1024
+SPLITS = ("validation", "test")
 PACKAGES = ("raydistill", "ray", "torch", "deepspeed", "transformers", "pyarrow")
 Logits = dict[str, np.ndarray]
 
@@ -42,14 +43,12 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     if config.evaluate.control:
         control = train_model("control", config, run, resources, progress, teacher=str(teacher_folder(config, run)))
     plan = report_plan(config, run, data, student, control)
-    if (manifest := run.begin("report", plan)) is not None:
+    if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")
         return json.loads(run.store.read("report/report.json"))
     folders = model_folders(config, run)
-    logits = {
-        name: _score(name, folder, config, run, data, plan, resources, progress) for name, folder in folders.items()
-    }
-    speed = _time_models(folders, config, run, data, progress)
+    logits = _score(folders, config, run, data, plan, resources, progress)
+    speed = _time_models(folders, config, run, data, resources, progress)
     report = _report(config, run, data, logits, speed, plan)
     _commit(run, plan, report)
     return report
@@ -79,30 +78,43 @@ def report_plan(config: Config, run: Run, data: Manifest, student: Manifest, con
 
 
 def _score(
-    name: str,
-    folder: Path,
+    folders: dict[str, Path],
     config: Config,
     run: Run,
     data: Manifest,
     plan: Plan,
     resources: Resources,
     progress: Progress,
-) -> Logits:
-    """The model's float32 logits on validation (to fit its temperature) and test, in the order of the rows."""
+) -> dict[str, Logits]:
+    """Every model's float32 logits on validation (to fit its temperature) and test, in the order of the rows."""
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    jobs = [_scoring_job(name, folder, config, run, data, plan) for name, folder in folders.items()]
+    splits: dict[str, tuple[str, ...]] = {job.folder: SPLITS for job in jobs}
+    result: dict[str, Logits] = {}
+    for name, job, scored in zip(folders, jobs, score(jobs, data, splits, share, progress, "evaluate"), strict=True):
+        facts = {"codec": job.codec, "classes": len(job.labels)}
+        manifest = commit_manifest(run.store, job.folder, plan.fingerprint, scored.entries, facts)
+        result[name] = {split: _logits(run.store, job.folder, manifest, split) for split in SPLITS}
+    return result
+
+
+def _scoring_job(name: str, folder: Path, config: Config, run: Run, data: Manifest, plan: Plan) -> ScoringJob:
     made_here = name != "teacher" or config.teacher.fine_tune is not None
-    part = PARTS[name].product if made_here and run.home(name) is run.store else None
-    job = ScoringJob(
-        setting=f"evaluate: the {name}", model=str(folder) if made_here else config.teacher.model,
-        revision=config.teacher.revision, model_folder=part, labels=tuple(data.facts["labels"]),
-        data_url=run.home("data").root, output_url=run.store.root, folder=f"report/logits/{name}",
-        fingerprint=plan.fingerprint, codec="dense-float32", dtype=config.evaluate.dtype,
-        max_length=config.data.max_length, tokens_per_batch=config.teacher.tokens_per_batch,
-    )  # fmt: skip
-    entries, _ = score(job, data, ("validation", "test"), share, progress, f"evaluate: {name}")
-    facts = {"codec": "dense-float32", "classes": len(data.facts["labels"])}
-    made = commit_manifest(run.store, job.folder, plan.fingerprint, entries, facts)
-    return {split: _logits(run.store, job.folder, made, split) for split in ("validation", "test")}
+    return ScoringJob(
+        setting=f"evaluate: the {name}",
+        model=str(folder) if made_here else config.teacher.model,
+        revision=config.teacher.revision,
+        model_folder=PARTS[name].product if made_here and run.home(name) is run.store else None,
+        labels=tuple(data.facts["labels"]),
+        data_url=run.home("data").root,
+        output_url=run.store.root,
+        folder=f"report/logits/{name}",
+        fingerprint=plan.fingerprint,
+        codec="dense-float32",
+        dtype=config.evaluate.dtype,
+        max_length=config.data.max_length,
+        tokens_per_batch=config.teacher.tokens_per_batch,
+    )
 
 
 def _logits(store: Store, folder: str, manifest: Manifest, split: str) -> np.ndarray:
@@ -110,32 +122,33 @@ def _logits(store: Store, folder: str, manifest: Manifest, split: str) -> np.nda
 
 
 def _time_models(
-    folders: dict[str, Path], config: Config, run: Run, data: Manifest, progress: Progress
+    folders: dict[str, Path], config: Config, run: Run, data: Manifest, resources: Resources, progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Times the models on one node, in a task that takes all of it, so that nothing of ours runs beside it."""
+    """Times the models in a task that takes a whole node, so that nothing else of the run computes beside it."""
     import ray
 
     progress.say(f"evaluate: timing {config.evaluate.latency_requests} single requests for each model")
     progress.check()
-    texts = [text for shard in read_split(run.home("data"), data.shards("test")[:1]) for text in shard.texts][
-        :TIMED_ROWS
-    ]
-    task = ray.remote(num_cpus=config.evaluate.threads, num_gpus=1 if ray.cluster_resources().get("GPU") else 0)(
-        measure
-    )
+    first = read_shard(run.home("data"), data.shards("test")[0])
+    remote: Any = ray.remote
+    task = remote(measure)
     return ray.get(
-        task.remote(
-            {name: str(folder) for name, folder in folders.items()}, texts, requests=config.evaluate.latency_requests,
-            threads=config.evaluate.threads, max_length=config.data.max_length, dtype=config.evaluate.dtype,
+        task.options(num_cpus=resources.node_cpus, num_gpus=1 if resources.gpus else 0).remote(
+            {name: str(folder) for name, folder in folders.items()},
+            first.texts[:TIMED_ROWS],
+            requests=config.evaluate.latency_requests,
+            threads=config.evaluate.threads,
+            max_length=config.data.max_length,
+            dtype=config.evaluate.dtype,
         )
-    )  # fmt: skip
+    )
 
 
 def _report(
     config: Config, run: Run, data: Manifest, logits: dict[str, Logits], speed: dict[str, dict[str, float]], plan: Plan
 ) -> dict[str, Any]:
     """All figures, under the names of the design."""
-    labels = {s: _labels(run, data, s) for s in ("validation", "test")}
+    labels = {split: _labels(run, data, split) for split in SPLITS}
     teacher = logits["teacher"]["test"]
     models: dict[str, Any] = {}
     for name, split in logits.items():

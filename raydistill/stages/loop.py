@@ -112,7 +112,8 @@ class _Worker:
         store = open_store(self.job.data_url)
         data = read_manifest(store, "data")
         cache = read_manifest(store, "teacher/cache") if self.job.uses_cache else None
-        assert data is not None and (cache is not None or not self.job.uses_cache)
+        assert data is not None
+        assert cache is not None or not self.job.uses_cache
         return Split(store, split, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length)
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
@@ -189,7 +190,8 @@ class _Worker:
         if len(broken):
             step = self.state.step - len(sums) + int(broken[0]) + 1
             raise UserError(
-                f"{self.job.role} training: the loss at step {step} is not finite. Lower {self._section()}.learning_rate,"
+                f"{self.job.role} training: the loss at step {step} is not finite."
+                f" Lower {self._section()}.learning_rate,"
                 f" or set {self._section()}.precision=fp32"
             )
 

@@ -11,7 +11,7 @@ from raydistill.config_file import to_yaml
 from raydistill.errors import UserError
 from raydistill.record.lock import run_lock
 from raydistill.record.run import PARTS, Run, open_run
-from raydistill.stages.cluster import connect
+from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.evaluate import evaluate
 from raydistill.stages.preflight import Cost, check_models, check_resources, cost
 from raydistill.stages.prepare import Surveyed, prepare, standing_data, survey_sources
@@ -32,9 +32,8 @@ def run_stages(
     run = open_run(config.storage, config.name, cache_from=config.teacher.cache_from, redo=redo)
     with run_lock(run.store), progress.catching_signals():
         surveyed = check(config, run, stages, progress)
-        with _cluster(config, stages) as resources:
-            if resources is not None:
-                check_resources(config, stages, resources)
+        with cluster(config, stages) as resources:
+            check_resources(config, stages, resources)
             if redo:
                 for part, facts in PARTS.items():
                     if facts.stage == redo:
@@ -52,7 +51,12 @@ def run_stages(
 def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress) -> Surveyed | None:
     """Everything that can be checked without a worker; what prepare found in the sources, when it has work to do."""
     surveyed = None
-    if "prepare" in stages and not run.lender and standing_data(config, run) is None:
+    if "prepare" in stages and standing_data(config, run) is None:
+        if run.lender:
+            raise UserError(
+                f"teacher.cache_from: {run.lender.root}: has no finished data of these files and settings."
+                " Give the data section of that run, or leave cache_from out"
+            )
         surveyed = survey_sources(config, progress)
     labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
     if stages != ("prepare",):
@@ -68,17 +72,16 @@ def write_config(config: Config, run: Run) -> None:
 
 
 @contextlib.contextmanager
-def _cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Any]:
-    """The cluster for stages that need one; a cluster that was started here ends with the run."""
+def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
+    """The cluster, for stages that need one; a cluster that was started here ends with the run."""
     if stages == ("prepare",):
-        yield None
+        yield Resources(cpus=0, gpus=0, node_cpus=0)
         return
     import ray
 
     started_here = not ray.is_initialized()
-    resources = connect(config)
     try:
-        yield resources
+        yield connect(config)
     finally:
         if started_here:
             ray.shutdown()

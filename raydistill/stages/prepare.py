@@ -50,7 +50,8 @@ def prepare(config: Config, run: Run, surveyed: Surveyed | None, progress: Progr
     if manifest is not None:
         progress.say(f"prepare: complete, {data_report(manifest.facts)[0]}")
         return manifest
-    assert surveyed is not None and plan is not None
+    assert surveyed is not None
+    assert plan is not None
     entries, report = _write(config, run, surveyed, plan.fingerprint, progress)
     for split, source in surveyed.sources.items():
         if find_source(source.setting, _location(config, split)).sha256 != source.sha256:
@@ -124,8 +125,8 @@ def _check_labels(source: Source, found: Survey, labels: list[str]) -> None:
     unknown = sorted(set(found.labels) - set(labels))
     if unknown:
         raise UserError(
-            f"{source.setting}: {source.files[0]}: label {unknown[0]!r} ({found.labels[unknown[0]]} rows) is not in train,"
-            f" which has {', '.join(labels[:8])}{' …' if len(labels) > 8 else ''}. Mend the label or add such rows to train"
+            f"{source.setting}: {source.files[0]}: label {unknown[0]!r} ({found.labels[unknown[0]]} rows) is not in"
+            f" train, which has {', '.join(labels[:8])}{' …' if len(labels) > 8 else ''}. Mend it or add rows"
         )
 
 
@@ -188,9 +189,8 @@ def _write(
 def data_report(facts: dict[str, Any]) -> list[str]:
     """What is worth knowing about the data, a line each."""
     rows = facts["rows"]
-    lines = [
-        f"{rows['train']:,} train, {rows['validation']:,} validation, {rows['test']:,} test rows, {len(facts['labels'])} labels"
-    ]
+    counts = ", ".join(f"{rows[split]:,} {split}" for split in ("train", "validation", "test"))
+    lines = [f"{counts} rows, {len(facts['labels'])} labels"]
     for split, dropped in facts["dropped"].items():
         if dropped:
             lines.append(f"dropped from {split}: " + ", ".join(f"{n:,} with {reason}" for reason, n in dropped.items()))

@@ -7,9 +7,10 @@ the forward pass, the actor's second thread reads and tokenises the next.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,8 @@ class Scorer:
         broken = ~np.isfinite(logits).all(axis=1)
         if broken.any():
             raise UserError(
-                f"{self._job.setting}: its output for row {rows.row_ids_N[broken][0]} (shard {rows.name}) is not finite,"
-                f" and {int(broken.sum()) - 1} more in the shard. Check its weights, or set teacher.dtype=float32"
+                f"{self._job.setting}: its output for row {rows.row_ids_N[broken][0]} (shard {rows.name}) is not"
+                f" finite, like {int(broken.sum()) - 1} more. Check its weights, or use teacher.dtype=float32"
             )
 
     def _written_counts(self) -> int:
@@ -123,80 +124,103 @@ class Scorer:
 
 
 class ScoringActor:
-    """A Scorer as a Ray Data UDF: one shard descriptor in, one small record out. What the user must mend comes back as text."""
+    """Scorers as a Ray Data UDF: one task (a job's number and a shard) in, one small record out.
 
-    def __init__(self, job: ScoringJob, threads: int) -> None:
-        self._problem = ""
-        try:
-            self._scorer = Scorer(job, threads=threads)
-        except UserError as error:
-            self._problem = str(error)
+    A model is loaded when its first task comes and takes the place of the one before. What the user must mend comes
+    back as text, because an exception would be retried.
+    """
+
+    def __init__(self, jobs: tuple[ScoringJob, ...], threads: int) -> None:
+        self._jobs, self._threads = jobs, threads
+        self._loading = threading.Lock()
+        self._number, self._scorer = -1, None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        entry = Entry(
-            *(batch[name][0].item() if hasattr(batch[name][0], "item") else batch[name][0] for name in ENTRY_FIELDS)
-        )
-        record = {"problem": self._problem, "seconds": 0.0, "tokens": 0.0, "at_max_length": 0, **asdict(entry)}
-        if not self._problem:
-            try:
-                made, facts = self._scorer.score_shard(entry)
-                record |= {**asdict(made), **facts}
-            except UserError as error:
-                record["problem"] = str(error)
+        task = {name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()}
+        entry = Entry(**{name: task[name] for name in ENTRY_FIELDS})
+        record = {"problem": "", "seconds": 0.0, "tokens": 0.0, "at_max_length": 0, **task}
+        try:
+            made, facts = self._scorer_of(task["job"]).score_shard(entry)
+            record |= {**asdict(made), **facts}
+        except UserError as error:
+            record["problem"] = str(error)
         return {name: [value] for name, value in record.items()}
+
+    def _scorer_of(self, number: int) -> Scorer:
+        with self._loading:
+            if self._scorer is None or number != self._number:
+                self._scorer = None  # the old model leaves before the new one comes
+                self._scorer = Scorer(self._jobs[number], threads=self._threads)
+                self._number = number
+            return self._scorer
 
 
 ENTRY_FIELDS = ("file", "sha256", "size", "rows")
+TOTALS = ("rows", "tokens", "seconds", "at_max_length")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The committed shards of one job in order, and what was scored now (not what stood there)."""
+
+    entries: list[Entry]
+    totals: dict[str, float]
 
 
 def score(
-    job: ScoringJob, data: Manifest, splits: tuple[str, ...], share: Share, progress: Progress, what: str
-) -> tuple[list[Entry], dict[str, float]]:
-    """Scores the shards of these splits that are not committed yet, on the cluster.
+    jobs: list[ScoringJob],
+    data: Manifest,
+    splits: dict[str, tuple[str, ...]],
+    share: Share,
+    progress: Progress,
+    what: str,
+) -> list[Scored]:
+    """Scores for every job the shards of its splits (by its folder) that are not committed yet, on one actor pool.
 
-    Returns the entries of all shards in order, and rows, tokens and forward seconds of what was scored now.
     Raises UserError for what a worker found wrong, Interrupted after a signal; committed shards stay in both cases.
     """
-    wanted = [entry for split in splits for entry in data.shards(split)]
-    output = open_store(job.output_url)
-    done = {
-        e.file: e for e in (committed_shard(output, f"{job.folder}/{w.file}", job.fingerprint) for w in wanted) if e
-    }
-    missing = [entry for entry in wanted if entry.file not in done]
-    totals = {"rows": 0.0, "tokens": 0.0, "seconds": 0.0, "at_max_length": 0.0, "wall_seconds": 0.0}
-    started = time.monotonic()
-    if done and missing:
-        progress.say(f"{what}: {len(done)} of {len(wanted)} shards are committed and kept")
-
-    def take(record: dict[str, Any]) -> None:
+    wanted = [[entry for split in splits[job.folder] for entry in data.shards(split)] for job in jobs]
+    done = [_committed(job, entries) for job, entries in zip(jobs, wanted, strict=True)]
+    totals: list[dict[str, float]] = [dict.fromkeys(TOTALS, 0.0) for _ in jobs]
+    missing = [
+        {"job": number, **asdict(entry)}
+        for number, entries in enumerate(wanted)
+        for entry in entries
+        if entry.file not in done[number]
+    ]
+    kept, started, rows = sum(map(len, done)), time.monotonic(), 0
+    if kept and missing:
+        progress.say(f"{what}: {kept} of {kept + len(missing)} shards are committed and kept")
+    for record in _map_shards(tuple(jobs), missing, share, progress) if missing else ():
         if record["problem"]:
             raise UserError(record["problem"])
-        done[record["file"]] = Entry(*(record[name] for name in ENTRY_FIELDS))
-        for name in ("rows", "tokens", "seconds", "at_max_length"):
-            totals[name] += record[name]
-        progress.counts(what, int(totals["rows"]), sum(e.rows for e in missing), "rows", started)
+        done[record["job"]][record["file"]] = Entry(**{name: record[name] for name in ENTRY_FIELDS})
+        for name in TOTALS:
+            totals[record["job"]][name] += record[name]
+        rows += record["rows"]
+        progress.counts(what, rows, sum(m["rows"] for m in missing), "rows", started)
         progress.check()
+    return [Scored([d[e.file] for e in w], t) for w, d, t in zip(wanted, done, totals, strict=True)]
 
-    if missing:
-        _map_shards(job, missing, share, progress, take)
-    totals["wall_seconds"] = time.monotonic() - started
-    return [done[entry.file] for entry in wanted], totals
+
+def _committed(job: ScoringJob, entries: list[Entry]) -> dict[str, Entry]:
+    output = open_store(job.output_url)
+    found = (committed_shard(output, f"{job.folder}/{entry.file}", job.fingerprint) for entry in entries)
+    return {entry.file: entry for entry in found if entry}
 
 
 def _map_shards(
-    job: ScoringJob, entries: list[Entry], share: Share, progress: Progress, take: Callable[[dict[str, Any]], None]
-) -> None:
-    """Runs the actor pool over the shards and hands every record to `take` as it comes."""
+    jobs: tuple[ScoringJob, ...], tasks: list[dict[str, Any]], share: Share, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Runs the actor pool over the tasks; records come in the order in which they end."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.verbose_progress = False
-    actors = min(share.processes, len(entries))
-    rows = ray.data.from_items([asdict(entry) for entry in entries], override_num_blocks=len(entries))
-    records = rows.map_batches(
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    actors = min(share.processes, len(tasks))
+    records = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         ScoringActor,
-        fn_constructor_args=(job, share.cpus),
+        fn_constructor_args=(jobs, share.cpus),
         batch_size=1,
         batch_format="numpy",
         num_cpus=share.cpus,
@@ -209,5 +233,4 @@ def _map_shards(
         ),
     )
     progress.check()
-    for record in records.iter_rows():
-        take(record)
+    yield from records.iter_rows()

@@ -37,7 +37,8 @@ def teach(config: Config, run: Run, resources: Resources, progress: Progress) ->
     job = teacher_job(
         config, run, data, folder="teacher/cache", fingerprint=plan.fingerprint, dtype=plan.inputs["teacher.dtype"]
     )
-    entries, totals = score(job, data, SPLITS, share, progress, "teach")
+    (scored,) = score([job], data, {job.folder: SPLITS}, share, progress, "teach")
+    entries, totals = scored.entries, scored.totals
     rows = sum(entry.rows for entry in entries)
     facts = {
         "codec": config.teacher.codec,

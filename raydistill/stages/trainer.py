@@ -160,7 +160,7 @@ def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resour
     thread = threading.Thread(target=fit, daemon=True, name="fit")
     thread.start()
     progress.say(
-        f"{job.role}: starting {workers} worker{'s' if workers > 1 else ''} with {each['CPU']} CPU each, {job.precision}"
+        f"{job.role}: starting {workers} worker{'s' if workers > 1 else ''}, {each['CPU']} CPU each, {job.precision}"
     )
     _watch(job, thread, mailbox, progress)
     _clear(job, scratch)
@@ -181,12 +181,13 @@ def signal_name(progress: Progress) -> str:
 def _watch(job: TrainingJob, thread: threading.Thread, mailbox: Any, progress: Progress) -> None:
     """Shows what the workers post until they end; after a signal asks them to stop and waits a while for it."""
     import ray
+    from ray.exceptions import RayError
 
     reader = _Reader(job, progress)
     asked = None
     while thread.is_alive():
         thread.join(POLL_SECONDS)
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(RayError):
             for update in ray.get(mailbox.take.remote()):
                 reader.show(update)
         if progress.stopping and asked is None:
@@ -215,9 +216,8 @@ class _Reader:
         elif "validation" in update:
             values = ", ".join(f"{name} {value:.4f}" for name, value in update["validation"].items())
             epoch = update["step"] / self._per_epoch
-            progress.say(
-                f"{role}: epoch {epoch:.3g}, step {update['step']:,}: {values}{' (best so far)' if update['best'] else ''}"
-            )
+            mark = " (best so far)" if update["best"] else ""
+            progress.say(f"{role}: epoch {epoch:.3g}, step {update['step']:,}: {values}{mark}")
         else:
             facts = f"loss {update['loss']:.4f}, {update['rows_per_second']:,.0f} rows/s"
             done, total = update["step"] - self._first, self._total - self._first
@@ -252,6 +252,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What every Ray Train worker runs. What the user must mend is returned: an exception would be retried."""
     import ray
     import torch
+    from ray.exceptions import RayError
 
     torch.set_num_threads(settings["threads"])
     mailbox = settings["mailbox"]
@@ -259,7 +260,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     def poll() -> None:
         while not stop.is_set():
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(RayError):
                 if ray.get(mailbox.stopped.remote()):
                     stop.set()
             stop.wait(0.5)

@@ -1,0 +1,254 @@
+"""Whole runs on Ray, by the command line, as a user starts them. One clean run is the measure for all the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from raydistill.demo import write_new_bert
+from raydistill.record.store import sha256_file
+from raydistill.tickets import generate, write_tickets
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+DEADLINE_SECONDS = 300
+REPORT_KEYS = {
+    "accuracy", "macro_f1", "nll", "ece", "ece_scaled", "parameters", "size_bytes", "latency_ms_p50", "latency_ms_p90",
+    "rows_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A run small enough for a test: float32 and no dropout, so that equal runs give equal bytes."""
+    folder = tmp_path_factory.mktemp("input")
+    train, test = write_tickets(folder, train_rows=400, test_rows=60)
+    write_new_bert(
+        folder / "model", [t for t, _ in generate(200)], hidden_size=32, layers=2, heads=2, vocabulary=300, positions=64
+    )
+    return {
+        "name": "clean",
+        "storage": str(tmp_path_factory.mktemp("runs")),
+        "data": {
+            "train": str(train), "test": str(test), "label": "category", "max_length": 48, "shard_rows": 64,
+            "validation": 0.2,
+        },
+        "teacher": {
+            "model": str(folder / "model"), "codec": "dense-int8", "dtype": "float32",
+            "fine_tune": {"epochs": 1, "precision": "fp32", "learning_rate": 1e-3},
+        },
+        "student": {"init": "config", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0},
+        "train": {"epochs": 3, "precision": "fp32", "learning_rate": 3e-3, "log_every": 1, "cpus_per_worker": 1},
+        "evaluate": {"latency_requests": 16, "bootstrap": 200},
+        "cluster": {"cpus": 2},
+    }  # fmt: skip
+
+
+def write(settings: dict, **changes: object) -> Path:
+    """A config file with some sections changed."""
+    changed = {k: {**settings[k], **v} if isinstance(v, dict) else v for k, v in changes.items()}
+    config = {**settings, **changed}
+    path = Path(settings["storage"]) / f"{config['name']}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "raydistill", *map(str, arguments)]
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=DEADLINE_SECONDS, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture(scope="module")
+def clean(settings: dict) -> Path:
+    """The run that nothing disturbed."""
+    done = run("run", write(settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Path(settings["storage"]) / "clean"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    return {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def losses(folder: Path) -> list[float]:
+    points = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    return [p["loss"] for p in points if p["group"] == "train"]
+
+
+def test_report_has_the_figures_of_the_design(clean: Path) -> None:
+    report = json.loads((clean / "report" / "report.json").read_text())
+    for name in ("teacher", "student", "control"):
+        assert set(report[name]) >= REPORT_KEYS
+    assert report["retention"] == pytest.approx(report["student"]["accuracy"] / report["teacher"]["accuracy"])
+    low, high = report["retention_ci95"]
+    assert low <= report["retention"] <= high
+    assert report["teacher_forwards_per_row"] == 1
+    assert report["test_rows"] == 60
+    assert {"agreement", "gain_over_control", "gain_over_control_ci95", "gap_closed"} <= set(report)
+    page = (clean / "report" / "report.html").read_text()
+    assert f"{report['student']['accuracy']:.2%}" in page
+
+
+def test_student_loads_by_hugging_faces_own_means(clean: Path) -> None:
+    from transformers import pipeline
+
+    answer = pipeline("text-classification", model=str(clean / "student"))("my parcel has not arrived")[0]
+    assert answer["label"] in {"billing", "refund", "account", "shipping", "technical"}
+
+
+def test_curves_are_written_for_tensorboard_and_as_lines(clean: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(clean / "train" / "tensorboard"))
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    wanted = {"loss", "kl", "cross_entropy", "learning_rate", "grad_norm", "rows_per_second"}
+    assert {f"train/{n}" for n in wanted} <= names
+    assert {f"validation/{n}" for n in ("accuracy", "macro_f1", "nll", "kl", "agreement")} <= names
+    assert len(losses(clean)) == 3 * 10  # 320 train rows in batches of 32, 3 epochs, a point every step
+
+
+def test_verify_status_and_a_second_run_find_it_complete(settings: dict, clean: Path) -> None:
+    before = digests(clean)
+    again = run("run", write(settings))
+    assert again.returncode == 0
+    assert again.stdout.count("complete") >= 5
+    assert digests(clean) == before
+    assert "files are intact" in run("verify", clean).stdout
+    assert "complete; the report is" in run("status", clean).stdout
+
+
+def test_two_workers_and_accumulation_give_the_one_worker_curve(settings: dict, clean: Path) -> None:
+    # An uneven batch of 25 rows over 2 workers x 2 micro-batches; the measure is the same batch on one worker.
+    lent = {"cache_from": str(clean)}
+    one = {"batch_size": 25}
+    two = {**one, "workers": 2, "accumulation": 2, "deepspeed": {"zero_stage": 2}}
+    for name, train in (("one", one), ("two", two)):
+        path = write(settings, name=name, teacher=lent, train=train)
+        done = run("train", path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    storage = Path(settings["storage"])
+    assert losses(storage / "two") == pytest.approx(losses(storage / "one"), rel=2e-4)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 200) -> None:
+    """Waits until a condition holds; fails when the process ends first."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before the moment to disturb it"
+        assert time.monotonic() < end, "the moment to disturb the run did not come"
+        time.sleep(0.02)
+
+
+def kill_tree(process: subprocess.Popen) -> None:
+    """SIGKILL to a run and everything that it started."""
+    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait(30)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_killed_and_stopped_by_a_signal_ends_with_the_same_bytes(
+    settings: dict, clean: Path, signum: signal.Signals
+) -> None:
+    name = f"disturbed-{signum.name.lower()}"
+    path, folder = write(settings, name=name), Path(settings["storage"]) / name
+    process = subprocess.Popen(command("run", path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: (folder / "teacher/cache").exists() and any((folder / "teacher/cache").glob("*.json")), process)
+    kill_tree(process)
+
+    process = subprocess.Popen(command("run", path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for(lambda: (folder / "train/checkpoints/latest.json").exists(), process)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum, output
+    assert "state saved at step" in output or "stopped by" in output
+    assert f"Go on with: raydistill run {path}" in output
+
+    done = run("run", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert digests(folder / "data") == digests(clean / "data")
+    assert digests(folder / "teacher/cache") == digests(clean / "teacher/cache")
+    assert sha256_file(folder / "student/model.safetensors") == sha256_file(clean / "student/model.safetensors")
+    assert losses(folder) == losses(clean)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def head_node(tmp_path: Path):
+    """A Ray head node of the test's own: ports, temporary folder, home and token."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {
+        **os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 48,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }  # fmt: skip
+    port, dashboard = free_port(), free_port()
+    # The name of a unix socket has 107 bytes at most, so Ray's folder needs a short path.
+    scratch = Path(f"/tmp/rd-{os.getpid()}")
+    ray = str(Path(sys.executable).with_name("ray"))
+    process = subprocess.Popen(
+        [
+            ray, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={scratch}",
+            "--object-store-memory=300000000", "--resources={\"trial_driver\": 100}",
+        ],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    yield f"http://127.0.0.1:{dashboard}", environment, ray
+    kill_tree(process)
+
+
+def test_a_job_on_a_cluster_ends_with_the_same_student(settings: dict, clean: Path, head_node) -> None:
+    address, environment, ray = head_node
+    path = write(settings, name="job", teacher={"cache_from": str(clean)}, evaluate={"control": False})
+    wait_until_up(address, environment)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [ray, "job", "submit", "--address", address, "--working-dir", str(root), "--",
+         sys.executable, "jobs/run.py", str(path)],
+        env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    student = Path(settings["storage"]) / "job" / "student" / "model.safetensors"
+    assert sha256_file(student) == sha256_file(clean / "student" / "model.safetensors")
+
+
+def wait_until_up(address: str, environment: dict[str, str]) -> None:
+    """Waits for the head node's job server."""
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(
+        f"{address}/api/jobs/", headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+    )
+    end = time.monotonic() + 90
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            assert time.monotonic() < end, "the head node did not come up"
+            time.sleep(0.5)
