@@ -53,7 +53,7 @@ def scorer(out: Path, dtype: str):
 
     config, run, data = open_small(out)
     job = teacher_job(config, run, data, folder="bench", fingerprint="bench", dtype=dtype)
-    return Scorer(replace(job, output_url=str(out / "scratch"), model_folder=None))
+    return Scorer(replace(job, output_url=str(out / "scratch")))
 
 
 def teacher_pass(out: Path, rounds: int) -> dict[str, dict]:
@@ -148,6 +148,7 @@ def student_steps(out: Path, threads: int) -> dict[str, dict]:
     from transformers import BertConfig, BertForSequenceClassification
 
     from raydistill.losses.objective import Objective
+    from raydistill.stages.teach import teacher_source
     from raydistill.stages.trainer import training_job
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29653")
@@ -156,7 +157,7 @@ def student_steps(out: Path, threads: int) -> dict[str, dict]:
     config, run, _ = open_small(out)
     plan = run.plan("student")
     assert plan is not None
-    job = training_job("student", config, run, plan, str(out / "small" / "teacher" / "model"))
+    job = training_job("student", config, run, plan, teacher_source(config, run))
     job = replace(job, run_url=str(out / "scratch"), folder=f"step-{time.time():.0f}", product="step-out")
     ours = {
         "kd": Stepper(job),

@@ -45,7 +45,7 @@ class Data(Section):
     )
     max_row_bytes: int = Field(default=1 << 20, ge=1, description="rows with a longer text are dropped and counted")
     max_dropped: float = Field(
-        0.1, ge=0, le=1, description="share of a split's rows that may be dropped before it is an error"
+        default=0.1, ge=0, le=1, description="share of a split's rows that may be dropped before it is an error"
     )
     shard_rows: int = Field(default=4096, ge=1, le=1 << 20, description="rows of every shard but the last of a split")
     split_seed: int = Field(default=0, ge=0, description="draws the validation rows")
@@ -143,7 +143,7 @@ class Student(Section):
 
     init: Literal["teacher_layers", "pretrained", "config"] = "teacher_layers"
     layers: tuple[int, ...] | None = Field(
-        None, description="teacher_layers: which, counted from 0; absent: every other one"
+        default=None, description="teacher_layers: which, counted from 0; absent: every other one"
     )
     model: str | None = Field(default=None, description="pretrained: a folder or a hub id")
     revision: str | None = None

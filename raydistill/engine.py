@@ -140,7 +140,9 @@ class Engine:
     def _start_optimizer(self, steps: int) -> None:
         """Gives every parameter, used or not, Adam moments of zero after `steps` steps."""
         optimizer, base = self._engine.optimizer, self._base_optimizer()
-        for parameter in [p for group in base.param_groups for p in group["params"]]:
+        # Stage 3 takes the parameters out of the groups and puts one flat part in while it steps.
+        flat = [p for group in base.param_groups for p in group["params"]]
+        for parameter in optimizer.fp32_partitioned_groups_flat if self._stage == 3 else flat:
             moments = {moment: torch.zeros_like(parameter, dtype=torch.float32) for moment in MOMENTS}
             base.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device), **moments}
         if self._stage in (1, 2):

@@ -6,8 +6,10 @@ Weights are read from safetensors alone; repositories with code of their own (`a
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.record.fingerprint import digest
-from raydistill.record.store import sha256_file
+from raydistill.record.store import open_store, sha256_file
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
@@ -28,6 +30,27 @@ DROPOUT_SETTINGS = (
     "embedding_dropout", "mlp_dropout", "seq_classif_dropout",
 )  # fmt: skip
 MIN_POSITIONS = 128
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model is: a folder or hub id that the user named, or a folder in a run's store. Workers can open it."""
+
+    setting: str
+    model: str
+    revision: str | None = None
+    store_url: str | None = None
+
+    def folder(self) -> Path:
+        """The model's folder on this machine, fetched once per process. Raises UserError when it cannot be used."""
+        if self.store_url is None:
+            return find_model(self.setting, self.model, self.revision)
+        return find_model(self.setting, str(_fetched(self.store_url, self.model)))
+
+
+@functools.cache
+def _fetched(store_url: str, name: str) -> Path:
+    return open_store(store_url).local(name)
 
 
 def find_model(setting: str, model: str, revision: str | None = None) -> Path:
@@ -272,9 +295,12 @@ def _reorder_head(model: Any, order: list[int]) -> None:
             head.bias.copy_(head.bias[order])
 
 
-def save_classifier(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes a model in Hugging Face form: config, safetensors, tokenizer."""
+def save_classifier(
+    model: Any, tokenizer: Any, weights: dict[str, torch.Tensor], folder: Path, *, max_length: int
+) -> None:
+    """Writes a model in Hugging Face form: config, safetensors, and a tokenizer that can cut at max_length."""
     quiet_transformers()
+    tokenizer.model_max_length = max_length
     model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
     tokenizer.save_pretrained(str(folder))
 

@@ -67,10 +67,11 @@ def committed_shard(store: Store, name: str, fingerprint: str) -> Entry | None:
         return None
     try:
         facts = unseal(store.read(sidecar), store.where(sidecar))
-    except UserError:
+        entry = Entry(facts["file"], facts["sha256"], facts["size"], facts["rows"])
+        ours = facts["fingerprint"] == fingerprint and entry.file == Path(name).name
+    except (UserError, KeyError):
         return None
-    entry = Entry(facts["file"], facts["sha256"], facts["size"], facts["rows"])
-    if facts["fingerprint"] != fingerprint or store.size(name) != entry.size or store.sha256(name) != entry.sha256:
+    if not ours or store.size(name) != entry.size or store.sha256(name) != entry.sha256:
         return None
     return entry
 
@@ -87,13 +88,26 @@ def commit_manifest(
 def commit_folder(
     store: Store, staged: Path, name: str, fingerprint: str, facts: dict[str, Any] | None = None
 ) -> Manifest:
-    """Publishes a staged folder, such as a model or a checkpoint, with the manifest of its files inside it."""
+    """Publishes a staged folder, such as a model or a checkpoint, with the manifest of its files inside it.
+
+    What stands under the name is set aside: the caller has found that it is not whole.
+    """
     paths = sorted(p for p in staged.rglob("*") if p.is_file())
     entries = [Entry(p.relative_to(staged).as_posix(), sha256_file(p), p.stat().st_size) for p in paths]
     manifest = Manifest(fingerprint, tuple(entries), facts or {})
     (staged / MANIFEST).write_bytes(_sealed(manifest))
+    set_aside(store, name, ".bad-")
     store.publish(staged, name)
     return manifest
+
+
+def set_aside(store: Store, name: str, mark: str) -> None:
+    """Moves a file or a folder, when it is there, to the first free one of its numbered names."""
+    if store.exists(name):
+        number = 1
+        while store.exists(f"{name}{mark}{number}"):
+            number += 1
+        store.move(name, f"{name}{mark}{number}")
 
 
 def _sealed(manifest: Manifest) -> bytes:
@@ -113,7 +127,12 @@ def read_manifest(store: Store, folder: str) -> Manifest | None:
     if not store.exists(name):
         return None
     document = unseal(store.read(name), store.where(name))
-    return Manifest(document["fingerprint"], tuple(Entry(**e) for e in document["files"]), document["facts"])
+    try:
+        return Manifest(document["fingerprint"], tuple(Entry(**e) for e in document["files"]), document["facts"])
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{store.where(name)}: is damaged: not a manifest. Set it aside with verify --repair"
+        ) from None
 
 
 def damage(store: Store, folder: str, manifest: Manifest) -> list[tuple[str, str]]:

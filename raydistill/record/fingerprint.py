@@ -37,10 +37,10 @@ def unseal(data: bytes, where: str) -> dict[str, Any]:
     """The document that was sealed. Raises UserError naming the file when it is not intact or from a newer version."""
     try:
         document = json.loads(data)
-        check = document.pop("check")
-    except (ValueError, KeyError, AttributeError):
+        intact = document.pop("check") == digest(document)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{where}: is damaged: not a sealed JSON document. Set it aside with verify --repair") from None
-    if check != digest(document):
+    if not intact:
         raise UserError(f"{where}: is damaged: its content has another checksum. Set it aside with verify --repair")
     if document.get("schema", SCHEMA) > SCHEMA:
         raise UserError(
@@ -67,7 +67,10 @@ class Plan:
     @staticmethod
     def unsealed(data: bytes, where: str) -> Plan:
         document = unseal(data, where)
-        return Plan(document["stage"], document["inputs"])
+        try:
+            return Plan(document["stage"], document["inputs"])
+        except KeyError:
+            raise UserError(f"{where}: is damaged: not a plan. Set it aside with verify --repair") from None
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

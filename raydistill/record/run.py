@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from raydistill.errors import UserError
-from raydistill.record.commit import MANIFEST, Manifest, damage, read_manifest, sidecar_name
+from raydistill.record.commit import MANIFEST, Manifest, damage, read_manifest, set_aside, sidecar_name
 from raydistill.record.fingerprint import Plan, first_difference
 from raydistill.record.store import Store, open_store
 
@@ -83,30 +83,22 @@ class Run:
             self.store.write(name, plan.sealed())
         manifest = self.complete(part)
         if manifest is not None and manifest.fingerprint != plan.fingerprint:
-            self._move_aside(PARTS[part].product)
+            set_aside(self.store, PARTS[part].product, ".")
             return None
         return manifest
 
     def _mismatch(self, part: str, old: Plan, new: Plan) -> str:
         what, before, after = first_difference(old.inputs, new.inputs) or ("plan", old.fingerprint, new.fingerprint)
         where, stage = self.home(part).where(PARTS[part].folder), PARTS[part].stage
-        return (
-            f"{where}: {what}: was made with {_short(before)}, now asked for {_short(after)}."
-            f" Take another run name, or --redo {stage} (what stands there is kept aside)"
-        )
+        advice = f"Take another run name, or --redo {stage} (what stands there is kept aside)"
+        if self.lender and part in LENT:
+            advice = "Set it as it was, or leave out teacher.cache_from"
+        return f"{where}: {what}: was made with {_short(before)}, now asked for {_short(after)}. {advice}"
 
     def set_aside(self, part: str) -> None:
         """Moves a part's folders to numbered names."""
         for folder in dict.fromkeys((PARTS[part].product, PARTS[part].folder)):
-            self._move_aside(folder)
-
-    def _move_aside(self, folder: str) -> None:
-        if not self.store.list(folder):
-            return
-        number = 1
-        while self.store.list(f"{folder}.{number}"):
-            number += 1
-        self.store.move(folder, f"{folder}.{number}")
+            set_aside(self.store, folder, ".")
 
 
 def _later(stage: str, redo: str) -> bool:

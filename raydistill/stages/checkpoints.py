@@ -92,10 +92,8 @@ class Checkpoints:
     def save(self, state: State, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
         """Commits a checkpoint, then the pointer to it, then clears away the oldest."""
         name = self._name(state.step)
-        if self._store.exists(name):
-            if not self._problem(state.step):
-                return
-            self._store.move(name, f"{name}.bad-{len(self._store.folders(self._folder))}")
+        if self._store.exists(name) and not self._problem(state.step):
+            return
         staged = self._store.staging(name)
         staged.mkdir(parents=True)
         save_file({n: t.contiguous() for n, t in weights.items()}, str(staged / "model.safetensors"))

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from raydistill.cache.shards import read_logits
 from raydistill.config import Config, identity
 from raydistill.data.shards import read_shard, read_split
-from raydistill.models import model_identity
+from raydistill.models import ModelSource, model_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
@@ -26,8 +27,8 @@ from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.latency import measure
 from raydistill.stages.prepare import data_report
 from raydistill.stages.progress import Progress
-from raydistill.stages.scoring import ScoringJob, score
-from raydistill.stages.teach import teacher_folder
+from raydistill.stages.scoring import score
+from raydistill.stages.teach import made_here, teacher_job, teacher_source
 from raydistill.stages.trainer import train_model
 
 TIMED_ROWS = 1024
@@ -41,25 +42,23 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     data, student = run.require("data"), run.require("student")
     control = None
     if config.evaluate.control:
-        control = train_model("control", config, run, resources, progress, teacher=str(teacher_folder(config, run)))
+        control = train_model("control", config, run, resources, progress, source=teacher_source(config, run))
     plan = report_plan(config, run, data, student, control)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")
         return json.loads(run.store.read("report/report.json"))
-    folders = model_folders(config, run)
-    logits = _score(folders, config, run, data, plan, resources, progress)
-    speed = _time_models(folders, config, run, data, resources, progress)
-    report = _report(config, run, data, logits, speed, plan)
+    sources = model_sources(config, run)
+    logits = _score(sources, config, run, data, plan, resources, progress)
+    speed = _time_models(sources, config, run, data, resources, progress)
+    report = _report(config, run, data, sources, logits, speed, plan)
     _commit(run, plan, report)
     return report
 
 
-def model_folders(config: Config, run: Run) -> dict[str, Path]:
-    """The local folder of every model that is compared."""
-    folders = {"teacher": teacher_folder(config, run), "student": run.store.local("student")}
-    if config.evaluate.control:
-        folders["control"] = run.store.local(PARTS["control"].product)
-    return folders
+def model_sources(config: Config, run: Run) -> dict[str, ModelSource]:
+    """Every model that is compared."""
+    sources = {"teacher": teacher_source(config, run), "student": made_here("student", run)}
+    return sources | ({"control": made_here("control", run)} if config.evaluate.control else {})
 
 
 def report_plan(config: Config, run: Run, data: Manifest, student: Manifest, control: Manifest | None) -> Plan:
@@ -70,7 +69,7 @@ def report_plan(config: Config, run: Run, data: Manifest, student: Manifest, con
             "data": data.fingerprint,
             "student": student.fingerprint,
             "control": control.fingerprint if control else None,
-            "teacher": model_identity(teacher_folder(config, run)),
+            "teacher": model_identity(teacher_source(config, run).folder()),
             "data.max_length": config.data.max_length,
             **{f"evaluate.{name}": value for name, value in identity(config.evaluate).items()},
         },
@@ -78,7 +77,7 @@ def report_plan(config: Config, run: Run, data: Manifest, student: Manifest, con
 
 
 def _score(
-    folders: dict[str, Path],
+    sources: dict[str, ModelSource],
     config: Config,
     run: Run,
     data: Manifest,
@@ -88,33 +87,18 @@ def _score(
 ) -> dict[str, Logits]:
     """Every model's float32 logits on validation (to fit its temperature) and test, in the order of the rows."""
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
-    jobs = [_scoring_job(name, folder, config, run, data, plan) for name, folder in folders.items()]
+    teacher = teacher_job(config, run, data, folder="", fingerprint=plan.fingerprint, dtype=config.evaluate.dtype)
+    jobs = [
+        replace(teacher, source=source, folder=f"report/logits/{name}", codec="dense-float32")
+        for name, source in sources.items()
+    ]
     splits: dict[str, tuple[str, ...]] = {job.folder: SPLITS for job in jobs}
     result: dict[str, Logits] = {}
-    for name, job, scored in zip(folders, jobs, score(jobs, data, splits, share, progress, "evaluate"), strict=True):
+    for name, job, scored in zip(sources, jobs, score(jobs, data, splits, share, progress, "evaluate"), strict=True):
         facts = {"codec": job.codec, "classes": len(job.labels)}
         manifest = commit_manifest(run.store, job.folder, plan.fingerprint, scored.entries, facts)
         result[name] = {split: _logits(run.store, job.folder, manifest, split) for split in SPLITS}
     return result
-
-
-def _scoring_job(name: str, folder: Path, config: Config, run: Run, data: Manifest, plan: Plan) -> ScoringJob:
-    made_here = name != "teacher" or config.teacher.fine_tune is not None
-    return ScoringJob(
-        setting=f"evaluate: the {name}",
-        model=str(folder) if made_here else config.teacher.model,
-        revision=config.teacher.revision,
-        model_folder=PARTS[name].product if made_here and run.home(name) is run.store else None,
-        labels=tuple(data.facts["labels"]),
-        data_url=run.home("data").root,
-        output_url=run.store.root,
-        folder=f"report/logits/{name}",
-        fingerprint=plan.fingerprint,
-        codec="dense-float32",
-        dtype=config.evaluate.dtype,
-        max_length=config.data.max_length,
-        tokens_per_batch=config.teacher.tokens_per_batch,
-    )
 
 
 def _logits(store: Store, folder: str, manifest: Manifest, split: str) -> np.ndarray:
@@ -122,7 +106,7 @@ def _logits(store: Store, folder: str, manifest: Manifest, split: str) -> np.nda
 
 
 def _time_models(
-    folders: dict[str, Path], config: Config, run: Run, data: Manifest, resources: Resources, progress: Progress
+    sources: dict[str, ModelSource], config: Config, run: Run, data: Manifest, resources: Resources, progress: Progress
 ) -> dict[str, dict[str, float]]:
     """Times the models in a task that takes a whole node, so that nothing else of the run computes beside it."""
     import ray
@@ -132,20 +116,27 @@ def _time_models(
     first = read_shard(run.home("data"), data.shards("test")[0])
     remote: Any = ray.remote
     task = remote(measure)
-    return ray.get(
-        task.options(num_cpus=resources.node_cpus, num_gpus=1 if resources.gpus else 0).remote(
-            {name: str(folder) for name, folder in folders.items()},
-            first.texts[:TIMED_ROWS],
-            requests=config.evaluate.latency_requests,
-            threads=config.evaluate.threads,
-            max_length=config.data.max_length,
-            dtype=config.evaluate.dtype,
-        )
+    running = task.options(num_cpus=resources.node_cpus, num_gpus=1 if resources.gpus else 0).remote(
+        sources,
+        first.texts[:TIMED_ROWS],
+        requests=config.evaluate.latency_requests,
+        threads=config.evaluate.threads,
+        max_length=config.data.max_length,
+        dtype=config.evaluate.dtype,
     )
+    while not ray.wait([running], timeout=0.5)[0]:
+        progress.check()
+    return ray.get(running)
 
 
 def _report(
-    config: Config, run: Run, data: Manifest, logits: dict[str, Logits], speed: dict[str, dict[str, float]], plan: Plan
+    config: Config,
+    run: Run,
+    data: Manifest,
+    sources: dict[str, ModelSource],
+    logits: dict[str, Logits],
+    speed: dict[str, dict[str, float]],
+    plan: Plan,
 ) -> dict[str, Any]:
     """All figures, under the names of the design."""
     labels = {split: _labels(run, data, split) for split in SPLITS}
@@ -158,7 +149,7 @@ def _report(
             "agreement": float((split["test"].argmax(axis=1) == teacher.argmax(axis=1)).mean()),
             "kl_to_teacher": mean_kl(teacher, split["test"]),
             **speed[name],
-            "size_bytes": _size_bytes(model_folders(config, run)[name]),
+            "size_bytes": _size_bytes(sources[name].folder()),
         }
     right = {name: split["test"].argmax(axis=1) == labels["test"] for name, split in logits.items()}
     comparison = compare(
@@ -194,9 +185,8 @@ def _report(
 
 
 def forwards_per_row(data: Manifest, cache: Manifest) -> float:
-    """Rows that the cache holds for each train and validation row."""
-    rows = data.facts["rows"]["train"] + data.facts["rows"]["validation"]
-    return sum(entry.rows for entry in cache.files) / rows
+    """Rows that the teacher scored for the cache, by the records of its workers, for each train and validation row."""
+    return cache.facts["forwards"] / (data.facts["rows"]["train"] + data.facts["rows"]["validation"])
 
 
 def _labels(run: Run, data: Manifest, split: str) -> np.ndarray:

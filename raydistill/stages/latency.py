@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from raydistill.data.tokens import load_tokenizer, pack_by_length, pad, tokenise
-from raydistill.models import count_parameters, load_classifier
+from raydistill.models import ModelSource, count_parameters, load_classifier
 from raydistill.stages.scoring import DTYPES, TOKENS_PER_BATCH
 
 WARM_UP = 8
@@ -33,7 +32,7 @@ class Timed:
 
 
 def measure(
-    folders: dict[str, str], texts: list[str], *, requests: int, threads: int, max_length: int, dtype: str
+    sources: dict[str, ModelSource], texts: list[str], *, requests: int, threads: int, max_length: int, dtype: str
 ) -> dict[str, dict[str, float]]:
     """p50 and p90 of single requests and rows/s of batches for every model, and its number of parameters.
 
@@ -41,7 +40,7 @@ def measure(
     """
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = {name: _load(Path(folder), device, max_length, dtype) for name, folder in folders.items()}
+    models = {name: _load(source, device, max_length, dtype) for name, source in sources.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for number in range(WARM_UP + requests):
@@ -62,7 +61,8 @@ def measure(
         }
 
 
-def _load(folder: Path, device: torch.device, max_length: int, dtype: str) -> Timed:
+def _load(source: ModelSource, device: torch.device, max_length: int, dtype: str) -> Timed:
+    folder = source.folder()
     model = load_classifier("evaluate", folder, dtype=DTYPES[dtype]).to(device)
     return Timed(model, load_tokenizer(folder, "evaluate"), device, max_length)
 

@@ -24,7 +24,7 @@ from raydistill.engine import Engine
 from raydistill.errors import UserError
 from raydistill.losses.objective import Objective
 from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
-from raydistill.models import build_student, count_parameters, find_model, save_classifier, start_classifier
+from raydistill.models import ModelSource, build_student, count_parameters, save_classifier, start_classifier
 from raydistill.record.commit import commit_folder, read_manifest
 from raydistill.record.store import open_store
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
@@ -49,7 +49,7 @@ class TrainingJob:
     run_url: str
     data_url: str
     uses_cache: bool
-    teacher: str  # folder or hub id of the teacher that a student is built from
+    source: ModelSource  # what the model is built from: the start of a teacher, the teacher of a student
     folder: str
     product: str
 
@@ -246,7 +246,7 @@ class _Worker:
         best = self.checkpoints.load(self.state.best_step)
         staged = self.store.staging(self.job.product)
         staged.mkdir(parents=True)
-        save_classifier(self.model, self.tokenizer, best.weights(), staged)
+        save_classifier(self.model, self.tokenizer, best.weights(), staged, max_length=self.job.config.data.max_length)
         facts = {
             "metric": self.job.metric,
             "best_value": self.state.best_value,
@@ -269,11 +269,10 @@ class _Worker:
 def build_model(job: TrainingJob) -> tuple[Any, Any]:
     """The model with its first weights, and its tokenizer; the same on every rank."""
     labels, length = list(job.labels), job.config.data.max_length
+    folder = job.source.folder()
     if job.role == "teacher":
-        folder = find_model("teacher.model", job.config.teacher.model, job.config.teacher.revision)
         torch.manual_seed(job.settings.seed)
         return start_classifier("teacher.model", folder, labels), load_tokenizer(folder, "teacher.model")
-    folder = find_model("teacher.model", job.teacher, job.config.teacher.revision)
     return build_student(
         job.config.student, teacher_folder=folder, labels=labels, max_length=length, seed=job.settings.seed
     )

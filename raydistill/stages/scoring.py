@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from raydistill.cache.shards import write_logits
 from raydistill.data.shards import DataShard, read_shard
 from raydistill.data.tokens import Tokens, load_tokenizer, pack_by_length, pad, tokenise
 from raydistill.errors import UserError
-from raydistill.models import find_model, label_order, load_classifier
+from raydistill.models import ModelSource, label_order, load_classifier
 from raydistill.record.commit import Entry, Manifest, committed_shard
 from raydistill.record.store import open_store
 from raydistill.stages.cluster import Share
@@ -36,10 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class ScoringJob:
     """Which model, over which shards, into which folder. Every field can be sent to a worker."""
 
-    setting: str
-    model: str
-    revision: str | None
-    model_folder: str | None  # within the run's store, for a model that was made here
+    source: ModelSource
     labels: tuple[str, ...]
     data_url: str
     output_url: str
@@ -60,18 +56,13 @@ class Scorer:
         self._job = job
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._data, self._output = open_store(job.data_url), open_store(job.output_url)
-        folder = self._find()
-        self._order = label_order(job.setting, folder, list(job.labels))
-        self._tokenizer = load_tokenizer(folder, job.setting)
-        self._model = load_classifier(job.setting, folder, dtype=DTYPES[job.dtype]).to(self._device)
+        setting, folder = job.source.setting, job.source.folder()
+        self._order = label_order(setting, folder, list(job.labels))
+        self._tokenizer = load_tokenizer(folder, setting)
+        self._model = load_classifier(setting, folder, dtype=DTYPES[job.dtype]).to(self._device)
         self._model.requires_grad_(False)
         self._versions = self._written_counts()
         self._forward = threading.Lock()
-
-    def _find(self) -> Path:
-        if self._job.model_folder is None:
-            return find_model(self._job.setting, self._job.model, self._job.revision)
-        return find_model(self._job.setting, str(self._output.local(self._job.model_folder)))
 
     def score_shard(self, entry: Entry) -> tuple[Entry, dict[str, float]]:
         """Scores and commits one shard: its entry, and the seconds and tokens it took."""
@@ -89,7 +80,7 @@ class Scorer:
                 self._output, name, rows.row_ids_N, logits, codec=self._job.codec, fingerprint=self._job.fingerprint
             )
         except ValueError as error:
-            raise UserError(f"{self._job.setting}: shard {entry.file}: {error}") from None
+            raise UserError(f"{self._job.source.setting}: shard {entry.file}: {error}") from None
         lengths = tokens.lengths_N
         truncated = int((lengths >= self._job.max_length).sum())
         return made, {"seconds": seconds, "tokens": float(lengths.sum()), "at_max_length": truncated}
@@ -109,7 +100,7 @@ class Scorer:
         broken = ~np.isfinite(logits).all(axis=1)
         if broken.any():
             raise UserError(
-                f"{self._job.setting}: its output for row {rows.row_ids_N[broken][0]} (shard {rows.name}) is not"
+                f"{self._job.source.setting}: its output for row {rows.row_ids_N[broken][0]} (shard {rows.name}) is not"
                 f" finite, like {int(broken.sum()) - 1} more. Check its weights, or use teacher.dtype=float32"
             )
 
@@ -161,9 +152,10 @@ TOTALS = ("rows", "tokens", "seconds", "at_max_length")
 
 @dataclass(frozen=True)
 class Scored:
-    """The committed shards of one job in order, and what was scored now (not what stood there)."""
+    """The committed shards of one job in order, those made now, and sums over the records of what was scored."""
 
     entries: list[Entry]
+    made: list[Entry]
     totals: dict[str, float]
 
 
@@ -200,7 +192,11 @@ def score(
         rows += record["rows"]
         progress.counts(what, rows, sum(m["rows"] for m in missing), "rows", started)
         progress.check()
-    return [Scored([d[e.file] for e in w], t) for w, d, t in zip(wanted, done, totals, strict=True)]
+    new = [{task["file"] for task in missing if task["job"] == number} for number in range(len(jobs))]
+    return [
+        Scored([d[e.file] for e in w], [d[e.file] for e in w if e.file in n], t)
+        for w, d, n, t in zip(wanted, done, new, totals, strict=True)
+    ]
 
 
 def _committed(job: ScoringJob, entries: list[Entry]) -> dict[str, Entry]:

@@ -5,12 +5,11 @@ What it writes is the teacher cache: one shard of logits for each data shard.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from raydistill.config import Config
 from raydistill.data.tokens import load_tokenizer
-from raydistill.models import check_length, find_model, label_order, model_identity
+from raydistill.models import ModelSource, check_length, label_order, model_identity
 from raydistill.record.commit import Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
@@ -28,7 +27,8 @@ def teach(config: Config, run: Run, resources: Resources, progress: Progress) ->
     if run.lender:
         run.require("cache")
     if config.teacher.fine_tune is not None and not run.lender:
-        train_model("teacher", config, run, resources, progress)
+        start = ModelSource("teacher.model", config.teacher.model, config.teacher.revision)
+        train_model("teacher", config, run, resources, progress, source=start)
     plan = cache_plan(config, run, data, resources)
     if (manifest := run.begin("cache", plan)) is not None:
         progress.say(f"teach: complete, {sum(e.rows for e in manifest.files):,} rows cached")
@@ -46,6 +46,7 @@ def teach(config: Config, run: Run, resources: Resources, progress: Progress) ->
         "labels": data.facts["labels"],
         "temperatures": "any",
         "rows": rows,
+        "forwards": rows - sum(e.rows for e in scored.made) + int(totals["rows"]),
         "bytes_per_row": sum(entry.size for entry in entries) / rows,
     }
     manifest = commit_manifest(run.store, "teacher/cache", plan.fingerprint, entries, facts)
@@ -61,22 +62,22 @@ def teach(config: Config, run: Run, resources: Resources, progress: Progress) ->
     return manifest
 
 
-def teacher_folder(config: Config, run: Run) -> Path:
-    """The local folder of the teacher that scores: fine-tuned here, or as the user gave it."""
+def teacher_source(config: Config, run: Run) -> ModelSource:
+    """The teacher that scores: fine-tuned here, or as the user gave it."""
     if config.teacher.fine_tune is not None:
-        return run.home("teacher").local(PARTS["teacher"].product)
-    return find_model("teacher.model", config.teacher.model, config.teacher.revision)
+        return made_here("teacher", run)
+    return ModelSource("teacher.model", config.teacher.model, config.teacher.revision)
+
+
+def made_here(part: str, run: Run) -> ModelSource:
+    """A model that a training of the run wrote."""
+    return ModelSource(f"the {part}", PARTS[part].product, store_url=run.home(part).root)
 
 
 def teacher_job(config: Config, run: Run, data: Manifest, *, folder: str, fingerprint: str, dtype: str) -> ScoringJob:
     """How the teacher scores shards into a folder."""
-    made_here = config.teacher.fine_tune is not None
-    model = str(teacher_folder(config, run)) if made_here else config.teacher.model
     return ScoringJob(
-        setting="teacher.model",
-        model=model,
-        revision=config.teacher.revision,
-        model_folder=PARTS["teacher"].product if made_here and not run.lender else None,
+        source=teacher_source(config, run),
         labels=tuple(data.facts["labels"]),
         data_url=run.home("data").root,
         output_url=run.store.root,
@@ -106,7 +107,7 @@ def cache_plan(config: Config, run: Run, data: Manifest, resources: Resources) -
 
 def cache_inputs(config: Config, run: Run, data: Manifest, dtype: str) -> dict[str, Any]:
     """Checks the teacher against the data and names what determines its outputs."""
-    folder = teacher_folder(config, run)
+    folder = teacher_source(config, run).folder()
     labels = data.facts["labels"]
     check_length("the teacher", folder, config.data.max_length)
     load_tokenizer(folder, "teacher.model")

@@ -7,7 +7,7 @@ from raydistill.record.commit import Manifest
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources
 from raydistill.stages.progress import Progress
-from raydistill.stages.teach import teacher_folder
+from raydistill.stages.teach import teacher_source
 from raydistill.stages.trainer import train_model
 
 
@@ -15,4 +15,4 @@ def train(config: Config, run: Run, resources: Resources, progress: Progress) ->
     """Trains the student from the cache and writes `student/`; its manifest."""
     run.require("data")
     run.require("cache")
-    return train_model("student", config, run, resources, progress, teacher=str(teacher_folder(config, run)))
+    return train_model("student", config, run, resources, progress, source=teacher_source(config, run))

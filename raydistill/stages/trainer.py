@@ -11,7 +11,7 @@ from typing import Any
 from raydistill.config import Config, TeacherMetrics, Train, Training, identity
 from raydistill.errors import Interrupted, UserError
 from raydistill.losses.objective import Objective
-from raydistill.models import find_model, model_identity
+from raydistill.models import ModelSource, find_model, model_identity
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
@@ -39,7 +39,7 @@ def settings_of(config: Config, role: str) -> tuple[Training, str]:
 
 
 def train_model(
-    role: str, config: Config, run: Run, resources: Resources, progress: Progress, *, teacher: str = ""
+    role: str, config: Config, run: Run, resources: Resources, progress: Progress, *, source: ModelSource
 ) -> Manifest:
     """Trains the teacher, the student or its control, and writes it in Hugging Face form; the manifest of its folder.
 
@@ -48,13 +48,13 @@ def train_model(
     """
     settings, section = settings_of(config, role)
     share = share_for_training(resources, settings, section)
-    plan = training_plan(role, config, run, resources, teacher)
+    plan = training_plan(role, config, run, resources, source)
     if (manifest := run.begin(role, plan)) is not None:
         progress.say(f"{role}: complete, {_result(manifest)}")
         return manifest
     precision = plan.inputs["precision"]
     check_precision(resources, precision, section)
-    job = training_job(role, config, run, plan, teacher)
+    job = training_job(role, config, run, plan, source)
     _fit(job, share.processes, {"CPU": share.cpus, "GPU": share.gpus}, resources, progress)
     manifest = run.require(role)
     progress.say(f"{role}: {_result(manifest)}, {manifest.facts['parameters']:,} parameters")
@@ -69,15 +69,14 @@ def _result(manifest: Manifest) -> str:
     )
 
 
-def training_plan(role: str, config: Config, run: Run, resources: Resources, teacher: str) -> Plan:
+def training_plan(role: str, config: Config, run: Run, resources: Resources, source: ModelSource) -> Plan:
     """Everything that determines a training's result."""
     settings, section = settings_of(config, role)
     inputs: dict[str, Any] = {"data": run.require("data").fingerprint, "data.max_length": config.data.max_length}
     if role == "teacher":
-        folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
-        inputs["teacher.model"] = model_identity(folder)
+        inputs["teacher.model"] = model_identity(source.folder())
     else:
-        inputs |= student_inputs(config, teacher)
+        inputs |= student_inputs(config, source)
     if role == "student":
         inputs["cache"] = run.require("cache").fingerprint
     skip = ("precision", "loss") if role == "control" else ("precision",)
@@ -86,7 +85,7 @@ def training_plan(role: str, config: Config, run: Run, resources: Resources, tea
     return Plan(role, inputs)
 
 
-def student_inputs(config: Config, teacher: str) -> dict[str, Any]:
+def student_inputs(config: Config, teacher: ModelSource) -> dict[str, Any]:
     """What determines a student's first weights and tokenizer."""
     inputs: dict[str, Any] = {
         f"student.{name}": value for name, value in identity(config.student).items() if value is not None
@@ -97,9 +96,9 @@ def student_inputs(config: Config, teacher: str) -> dict[str, Any]:
             find_model("student.model", config.student.model, config.student.revision)
         )
     else:
-        source = model_identity(find_model("teacher.model", teacher, config.teacher.revision))
-        names = ("tokenizer_sha256",) if config.student.init == "config" else tuple(source)
-        inputs["teacher"] = {name: source[name] for name in names}
+        facts = model_identity(teacher.folder())
+        names = ("tokenizer_sha256",) if config.student.init == "config" else tuple(facts)
+        inputs["teacher"] = {name: facts[name] for name in names}
     return inputs
 
 
@@ -112,7 +111,7 @@ def resolve_precision(settings: Training, standing: Plan | None, resources: Reso
     return "bf16" if gains_from_bf16(resources) else "fp32"
 
 
-def training_job(role: str, config: Config, run: Run, plan: Plan, teacher: str) -> TrainingJob:
+def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelSource) -> TrainingJob:
     """The plan as what a worker is sent."""
     settings, _ = settings_of(config, role)
     objective = Objective()
@@ -125,7 +124,7 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, teacher: str) 
         role=role, config=config, settings=settings, objective=objective, metric=metric,
         precision=plan.inputs["precision"], labels=tuple(run.require("data").facts["labels"]),
         fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
-        uses_cache=role == "student", teacher=teacher, folder=PARTS[role].folder, product=PARTS[role].product,
+        uses_cache=role == "student", source=source, folder=PARTS[role].folder, product=PARTS[role].product,
     )  # fmt: skip
 
 
