@@ -121,9 +121,7 @@ def teacher_stage(out: Path) -> dict[str, dict]:
             bare.logits(shard)
         bare_rates.append(sum(e.rows for e in entries[1:]) / (time.perf_counter() - started))
         job = teacher_job(config, run, data, folder=f"bench-{attempt}", fingerprint="bench", dtype="bfloat16")
-        job = replace(
-            job, output_url=str(out / "scratch"), model=str(run.store.local("teacher/model")), model_folder=None
-        )
+        job = replace(job, output_url=str(out / "scratch"))
         tasks = [{"job": 0, "file": e.file, "sha256": e.sha256, "size": e.size, "rows": e.rows} for e in entries]
         times = []
         for record in _map_shards((job,), tasks, Share(1, 1, 0), Progress()):

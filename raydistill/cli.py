@@ -19,15 +19,16 @@ from rich.table import Table
 
 from raydistill.config import Config
 from raydistill.config_file import load_config
-from raydistill.errors import Interrupted, UserError
+from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.record.run import STAGES, find_run, leftovers, verify
 from raydistill.stages.progress import Progress, size
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# Texts are printed as they are: rich would turn the place `config.yaml:100:` into an emoji and drop a label `[b]`.
+out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=True)
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config; see README")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings to change")]
@@ -74,7 +75,11 @@ def demo(
     """The whole way on generated support tickets: CPU only, no network, about two minutes."""
     from raydistill.demo import demo_config
 
-    _stages(demo_config(storage.resolve()), STAGES, None)
+    try:
+        config = demo_config(storage.resolve())
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--storage: {storage}: is a file, or below one. Give a folder") from None
+    _stages(config, STAGES, None)
 
 
 @app.command()
@@ -179,20 +184,30 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: list[str]) -> int:
     try:
-        app(args=arguments, standalone_mode=False)
+        app(args=arguments or ["--help"], standalone_mode=False)
     except UserError as error:
-        err.print(f"error: {error}", markup=False)
+        _print_error(error)
         return 2
     except typer.TyperException as error:
-        err.print(f"error: {error.format_message()}. See raydistill --help", markup=False)
+        _print_error(f"{error.format_message().rstrip('.')}. See raydistill --help")
         return 2
-    except Interrupted as interrupted:
-        command = shlex.join(["raydistill", *arguments])
-        err.print(f"stopped by {interrupted}; what is committed stays. Go on with: {command}", markup=False)
-        return interrupted.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if (problem := storage_problem(error)) is None:
+            raise
+        _print_error(problem)
+        return 2
+    except Interrupted as interrupted:
+        command = shlex.join(["raydistill", *arguments])
+        err.print(f"stopped by {interrupted}; what is committed stays. Go on with: {command}")
+        return interrupted.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
     return 0
+
+
+def _print_error(error: Exception | str) -> None:
+    """One line, whatever a path, a label or another package's message brought into it."""
+    err.print("error: " + " ".join(str(error).split("\n")))

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Metric = Literal["accuracy", "macro_f1", "nll", "kl", "agreement"]
 TeacherMetrics = ("kl", "agreement")
+MAX_SEED = 2**32 - 1  # the largest that numpy, torch and transformers all take
 
 
 def Speed(default: Any, **bounds: Any) -> Any:
@@ -27,6 +28,14 @@ class Section(BaseModel):
     """One block of settings: closed, frozen, no infinities."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), strict=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would read `epochs: true` as 1.
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false do not fit here; write a number or a word")
+        return value
 
 
 class Data(Section):
@@ -43,12 +52,14 @@ class Data(Section):
     max_length: int = Field(
         default=128, ge=2, le=131_072, description="tokens a row may have; longer rows are truncated"
     )
-    max_row_bytes: int = Field(default=1 << 20, ge=1, description="rows with a longer text are dropped and counted")
+    max_row_bytes: int = Field(
+        default=1 << 20, ge=1, le=1 << 28, description="rows with a longer text are dropped and counted"
+    )
     max_dropped: float = Field(
         default=0.1, ge=0, le=1, description="share of a split's rows that may be dropped before it is an error"
     )
     shard_rows: int = Field(default=4096, ge=1, le=1 << 20, description="rows of every shard but the last of a split")
-    split_seed: int = Field(default=0, ge=0, description="draws the validation rows")
+    split_seed: int = Field(default=0, ge=0, le=MAX_SEED, description="draws the validation rows")
 
     @field_validator("validation")
     @classmethod
@@ -56,6 +67,19 @@ class Data(Section):
         if not isinstance(value, str) and not 0 < value < 0.5:
             raise ValueError("a share must be above 0 and below 0.5; or give a path")
         return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_delimits(cls, value: str) -> str:
+        if value in '"\r\n':
+            raise ValueError('a delimiter is neither a quote (") nor an end of line; use a sign such as , or ;')
+        return value
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Data:
+        if self.text == self.label:
+            raise ValueError(f"text and label name the same column, {self.text!r}; the label needs its own")
+        return self
 
 
 class DeepSpeed(Section):
@@ -76,7 +100,7 @@ class Training(Section):
 
     epochs: int = Field(default=10, ge=1, le=100_000)
     batch_size: int = Field(
-        default=32, ge=1, description="global: rows per optimiser step over all workers and micro-batches"
+        default=32, ge=1, le=1 << 24, description="global: rows per optimiser step over all workers and micro-batches"
     )
     learning_rate: float = Field(default=5e-4, gt=0, le=10)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -84,7 +108,7 @@ class Training(Section):
     weight_decay: float = Field(default=0.01, ge=0, le=1, description="of matrices; biases and norms have none")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     precision: Precision = Field(default="auto", description="auto: bf16 where the device gains from it, else fp32")
-    seed: int = Field(default=0, ge=0, description="of initial weights, dropout and the order of rows")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of initial weights, dropout and the order of rows")
     metric: Metric = Field(default="accuracy", description="of validation; chooses the best checkpoint")
     validate_every: int | None = Field(
         default=None, ge=1, description="steps between validations; absent: once an epoch"
@@ -135,7 +159,7 @@ class Teacher(Section):
     cache_from: str | None = Field(default=None, description="another run's folder, whose data and cache are used")
     actors: int | None = Speed(None, ge=1, description="absent: as many as the cluster has room for")
     cpus_per_actor: int = Speed(1, ge=1)
-    tokens_per_batch: int | None = Speed(None, ge=1, description="absent: 512 on CPU, 16384 on GPU")
+    tokens_per_batch: int | None = Speed(None, ge=1, le=1 << 31, description="absent: 512 on CPU, 16384 on GPU")
 
 
 class Student(Section):
@@ -148,32 +172,36 @@ class Student(Section):
     model: str | None = Field(default=None, description="pretrained: a folder or a hub id")
     revision: str | None = None
     model_type: str = Field(default="bert", description="config: the architecture's name in transformers")
-    hidden_size: int | None = Field(default=None, ge=1, description="config")
-    num_layers: int | None = Field(default=None, ge=1, description="config")
-    num_heads: int | None = Field(default=None, ge=1, description="config; absent: one for every 64 of hidden_size")
-    feed_forward: int | None = Field(default=None, ge=1, description="config; absent: 4 x hidden_size")
+    hidden_size: int | None = Field(default=None, ge=1, le=1 << 16, description="config")
+    num_layers: int | None = Field(default=None, ge=1, le=1024, description="config")
+    num_heads: int | None = Field(
+        default=None, ge=1, le=1024, description="config; absent: one for every 64 of hidden_size"
+    )
+    feed_forward: int | None = Field(default=None, ge=1, le=1 << 18, description="config; absent: 4 x hidden_size")
     dropout: float | None = Field(default=None, ge=0, lt=1, description="absent: the architecture's own")
 
     @model_validator(mode="after")
     def _settings_fit_init(self) -> Student:
+        sizes = ("model_type", "hidden_size", "num_layers", "num_heads", "feed_forward")
         needed = {"pretrained": ("model",), "config": ("hidden_size", "num_layers"), "teacher_layers": ()}[self.init]
         foreign = {
-            "pretrained": ("layers", "hidden_size", "num_layers", "num_heads", "feed_forward"),
+            "pretrained": ("layers", *sizes),
             "config": ("layers", "model", "revision"),
-            "teacher_layers": ("model", "revision", "hidden_size", "num_layers", "num_heads", "feed_forward"),
+            "teacher_layers": ("model", "revision", *sizes),
         }[self.init]
         for name in needed:
             if getattr(self, name) is None:
                 raise ValueError(f"init: {self.init} needs {name}")
         for name in foreign:
-            if getattr(self, name) is not None:
+            if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} means nothing with init: {self.init}; remove it")
         if self.layers is not None and (
             not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0
         ):
             raise ValueError(f"layers must be rising numbers from 0, found {list(self.layers)}")
-        if self.hidden_size and self.num_heads and self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        if self.hidden_size and self.hidden_size % (self.num_heads or max(1, self.hidden_size // 64)):
+            heads = f"num_heads {self.num_heads}" if self.num_heads else "hidden_size // 64 heads; set num_heads"
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of {heads}")
         return self
 
 
@@ -196,9 +224,9 @@ class Evaluate(Section):
 
     control: bool = Field(default=True, description="train and compare the same student without the teacher")
     bootstrap: int = Field(default=2000, ge=100, le=1_000_000, description="resamples behind the 95 % intervals")
-    seed: int = Field(default=0, ge=0, description="of the resamples")
-    latency_requests: int = Field(default=256, ge=16, description="single requests timed per model")
-    threads: int = Field(default=1, ge=1, description="of the timed requests")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the resamples")
+    latency_requests: int = Field(default=256, ge=16, le=1_000_000, description="single requests timed per model")
+    threads: int = Field(default=1, ge=1, le=4096, description="of the timed requests")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of all models that are compared")
 
 
@@ -206,7 +234,9 @@ class Cluster(Section):
     """Which Ray cluster; under `ray job submit` the job's own cluster is used whatever stands here."""
 
     address: str = Field(default="local", min_length=1, description="local, or an address that ray.init takes")
-    cpus: int | None = Field(default=None, ge=1, description="of a local cluster; absent: what the process may use")
+    cpus: int | None = Field(
+        default=None, ge=1, le=4096, description="of a local cluster; absent: what the process may use"
+    )
 
 
 class Config(Section):

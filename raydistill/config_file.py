@@ -1,7 +1,7 @@
 """From a YAML file and `section.key=value` overrides to a `Config`, with errors that point at the line.
 
-Only plain YAML is taken: no anchors, aliases, tags or duplicate keys, at most 1 MiB and 32 levels. Scalars follow
-YAML 1.2, so that `1e-3` is a number and `no` is a word.
+Only plain YAML is taken: no anchors, aliases, tags or duplicate keys, at most 1 MiB, 32 levels and 10,000 values.
+Scalars follow YAML 1.2, so that `1e-3` is a number and `no` is a word.
 """
 
 from __future__ import annotations
@@ -22,7 +22,19 @@ from raydistill.errors import UserError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
-SECRET = re.compile(r"^(sk-(ant-)?[\w-]{16,}|hf_\w{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_\w{16,}|[0-9a-f]{40})$")
+MAX_VALUES = 10_000
+YAML_HINT = "Check indentation (no tabs), and quote text that begins with a sign such as * or &"
+SECRET = re.compile(
+    r"(sk-(ant-)?[\w-]{16,}|hf_\w{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_\w{16,}|[0-9a-f]{40})$|(?!hf:)\w+://[^/@]*:[^/@]+@"
+)
+
+PHRASES = {
+    "^(input|string) should": "it should",
+    r"a valid dictionary( or instance of \w+)?": "a section of settings",
+    "a valid tuple": "a list",
+    "a valid string": "text",
+    "a valid boolean, unable to interpret input": "true or false",
+}
 
 Path_ = tuple[str | int, ...]
 
@@ -42,9 +54,9 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
 
 def read_text(path: Path) -> str:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: the file has {path.stat().st_size} bytes, a config has at most {MAX_BYTES}")
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        text = data.decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Give the path of a YAML config") from None
     except IsADirectoryError:
@@ -53,6 +65,8 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Check its permissions") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 at byte {error.start}. Save it as UTF-8") from None
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: the file has more than {MAX_BYTES} bytes. Give the path of a YAML config")
     if not text.strip():
         raise UserError(f"{path}: the file is empty. Write at least name, data and teacher")
     return text
@@ -62,31 +76,46 @@ def parse_yaml(text: str, source: str) -> tuple[Any, dict[Path_, str]]:
     """The plain value of a YAML document and, for every path in it, where it stands ("file:line")."""
     lines: dict[Path_, str] = {}
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if getattr(event, "anchor", None) is not None:
-                line = event.start_mark.line + 1
-                raise UserError(f"{source}:{line}: anchors and aliases are not taken. Write the value out")
+        _refuse_more_than_plain(text, source)
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the last two: PyYAML on %YAML 9…9 and \UFFFFFFFF
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         column = f" at column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}: not YAML: {problem}{column}. Check indentation and quotes (no tabs)") from None
+        raise UserError(f"{where}: not YAML: {problem}{column}. {YAML_HINT}") from None
     return _plain_value(node, (), lines, source), lines
+
+
+def _refuse_more_than_plain(text: str, source: str) -> None:
+    """Refuses what would be costly or dangerous to build, while it is read and before it is built."""
+    depth = values = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        here = f"{source}:{event.start_mark.line + 1}"
+        if getattr(event, "anchor", None) is not None:
+            raise UserError(f"{here}: anchors and aliases are not taken. Write the value out, or quote its * or &")
+        if getattr(event, "tag", None) is not None:
+            raise UserError(f"{here}: the tag {event.tag!r:.80} is not taken. Write a plain value, or quote its !")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        values += isinstance(event, yaml.NodeEvent)
+        if depth > MAX_DEPTH:
+            raise UserError(f"{here}: nested deeper than {MAX_DEPTH} levels. No setting is that deep")
+        if values > MAX_VALUES:
+            raise UserError(f"{here}: more than {MAX_VALUES} values. No config needs as many")
 
 
 def _plain_value(node: Any, path: Path_, lines: dict[Path_, str], source: str) -> Any:
     if node is None:
         return None
-    here = f"{source}:{node.start_mark.line + 1}"
-    lines.setdefault(path, here)
-    if len(path) > MAX_DEPTH:
-        raise UserError(f"{here}: nested deeper than {MAX_DEPTH} levels")
+    lines.setdefault(path, f"{source}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         result: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            key, line = str(key_node.value), f"{source}:{key_node.start_mark.line + 1}"
+            key, line = key_node.value, f"{source}:{key_node.start_mark.line + 1}"
+            if not isinstance(key, str):
+                raise UserError(f"{line}: {dotted(path)}: has a list or a section as a name. Write name: value")
             if key in result:
                 raise UserError(f"{line}: {dotted((*path, key))}: stands twice. Remove one")
             lines[(*path, key)] = line
@@ -94,8 +123,6 @@ def _plain_value(node: Any, path: Path_, lines: dict[Path_, str], source: str) -
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_plain_value(item, (*path, i), lines, source) for i, item in enumerate(node.value)]
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2].startswith("python"):
-        raise UserError(f"{here}: {dotted(path)}: the tag {node.tag} is not taken. Write a plain value")
     return node.value if node.style in ("'", '"', "|", ">") else scalar(node.value)
 
 
@@ -105,7 +132,7 @@ def scalar(text: str) -> Any:
         return None
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if re.fullmatch(r"[-+]?[0-9]+", text):
+    if re.fullmatch(r"[-+]?[0-9]{1,400}", text):
         return int(text)
     if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", text):
         return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".nan", "nan").replace(".NaN", "nan"))
@@ -117,15 +144,15 @@ def apply_override(tree: dict[str, Any], lines: dict[Path_, str], override: str)
     name, sign, text = override.partition("=")
     keys = name.strip().split(".")
     if not sign or not all(keys):
-        raise UserError(f"command line: {override!r} is not an override. Write section.key=value")
-    value, _ = parse_yaml(text, "command line") if text.strip() else (None, {})
+        raise UserError(f"command line: {_cut(repr(override))} is not an override. Write section.key=value")
+    value, _ = parse_yaml(text, f"command line: {dotted(tuple(keys))}") if text.strip() else (None, {})
     place: Any = tree
     for key in keys[:-1]:
         if place.get(key) is None:
             place[key] = {}
         place = place[key]
         if not isinstance(place, dict):
-            raise UserError(f"command line: {name}: {key} is a single value, not a section")
+            raise UserError(f"command line: {dotted(tuple(keys))}: {dotted((key,))} is a single value, not a section")
     place[keys[-1]] = value
     for known in [known for known in lines if known[: len(keys)] == tuple(keys)]:
         del lines[known]
@@ -134,7 +161,7 @@ def apply_override(tree: dict[str, Any], lines: dict[Path_, str], override: str)
 
 def validate(tree: dict[str, Any], lines: dict[Path_, str], source: str) -> Config:
     """The validated configuration, or UserError for the first thing that is wrong."""
-    _refuse_secrets(tree, (), lines, source)
+    _check_texts(tree, (), lines, source)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -152,9 +179,11 @@ def _first_error(error: ValidationError, lines: dict[Path_, str], source: str) -
             else 2
         ),
     )
-    path: Path_ = tuple(p for p in found["loc"] if p not in ("float", "str", "int"))
-    where = next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), source)
-    field = dotted(path) or "the file"
+    path: Path_ = found["loc"]
+    message = found["msg"][0].lower() + found["msg"][1:]
+    if found["type"] != "extra_forbidden" and path[-1:] in (("float",), ("str",)):  # members of a union
+        path, message = path[:-1], "it should be a finite number or text"
+    where, field = _where(path, lines, source), dotted(path)
     if found["type"] == "extra_forbidden":
         known = sorted(_section_at(path[:-1]).model_fields)
         near = difflib.get_close_matches(str(path[-1]), known, 1, 0.5)
@@ -164,9 +193,15 @@ def _first_error(error: ValidationError, lines: dict[Path_, str], source: str) -
         return f"{where}: {field}: is missing. Add it"
     if found["type"] == "value_error":
         value = "" if isinstance(found["input"], dict) else f"found {describe(found['input'])}; "
-        return f"{where}: {field}: {value}{found['ctx']['error']}"
-    message = found["msg"][0].lower() + found["msg"][1:]
-    return f"{where}: {field}: found {describe(found['input'])}; {message.replace('input should', 'it should')}"
+        return f"{where}: {field}: {value}{found['msg'].removeprefix('Value error, ')}"
+    for theirs, ours in PHRASES.items():
+        message = re.sub(theirs, ours, message)
+    return f"{where}: {field}: found {describe(found['input'])}; {message}"
+
+
+def _where(path: Path_, lines: dict[Path_, str], source: str) -> str:
+    """The place of a setting, or of the section around it."""
+    return next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), source)
 
 
 def _section_at(path: Path_) -> type[BaseModel]:
@@ -178,13 +213,17 @@ def _section_at(path: Path_) -> type[BaseModel]:
     return model
 
 
-def _refuse_secrets(value: Any, path: Path_, lines: dict[Path_, str], source: str) -> None:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _refuse_secrets(item, (*path, key), lines, source)
-    elif isinstance(value, str) and SECRET.match(value) and path[-1:] != ("revision",):
-        where = lines.get(path, source)
-        raise UserError(f"{where}: {dotted(path)}: looks like a secret. Keep it in an environment variable")
+def _check_texts(value: Any, path: Path_, lines: dict[Path_, str], source: str) -> None:
+    """Refuses what no setting may hold: secrets, which a run would keep in clear, and NUL, which no path can hold."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_texts(item, (*path, key), lines, source)
+    elif isinstance(value, str):
+        where = f"{_where(path, lines, source)}: {dotted(path)}"
+        if SECRET.match(value) and path[-1:] != ("revision",):
+            raise UserError(f"{where}: looks like a secret. Keep it in an environment variable")
+        if "\0" in value:
+            raise UserError(f"{where}: holds a NUL character. Remove it")
 
 
 def _absolute(config: Config) -> Config:
@@ -214,12 +253,18 @@ def _absolute(config: Config) -> Config:
 
 
 def absolute_path(path: str) -> str:
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    if "://" in path:
+        return path
+    try:
+        return os.path.abspath(os.path.expanduser(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: the working folder is gone. Change to another, or give absolute paths") from None
 
 
 def absolute_model(model: str) -> str:
     """A folder's absolute path; a hub id (`name` or `owner/name` with no such folder) stays as it is."""
-    return os.path.abspath(model) if os.path.isdir(model) or model.startswith((".", "/", "~")) else model
+    is_path = os.path.isdir(model) or model.startswith((".", "/", "~"))
+    return absolute_path(model) if is_path else model
 
 
 def describe(value: Any) -> str:
@@ -227,14 +272,31 @@ def describe(value: Any) -> str:
     kinds = {str: "text", bool: "true/false", int: "number", float: "number", list: "list", dict: "section"}
     if value is None:
         return "nothing"
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({kinds.get(type(value), type(value).__name__)})"
+    text = repr(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{_cut(text)} ({kinds.get(type(value), type(value).__name__)})"
 
 
 def dotted(path: Path_) -> str:
-    return ".".join(str(p) for p in path)
+    """The setting's name on one line, whatever stood in the file as a name."""
+    return ".".join(_cut(str(p) if str(p).isprintable() else repr(p)) for p in path) or "the file"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that loads to the same configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump(mode="json", exclude_none=True)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `scalar` would take for something else; PyYAML itself knows YAML 1.1, where 1e3 is text."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = '"' if not text.isprintable() else None if isinstance(scalar(text), str) else "'"
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)

@@ -25,11 +25,14 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model",
 )  # fmt: skip
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
-DROPOUT_SETTINGS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "dropout", "attention_dropout",
-    "embedding_dropout", "mlp_dropout", "seq_classif_dropout",
+# These count positions from the padding id on.
+OFFSET_POSITIONS = (
+    "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
 )  # fmt: skip
+FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "n_inner")
 MIN_POSITIONS = 128
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,9 @@ def _from_hub(setting: str, model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many kinds, from bad names to network errors
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{setting}: {model}: is no folder here and the hub gives none ({first})") from None
+        raise UserError(
+            f"{setting}: {model}: is no folder here and the hub gives none ({_first_line(error)})"
+        ) from None
 
 
 def _check_folder(setting: str, folder: Path) -> None:
@@ -88,19 +92,59 @@ def _check_folder(setting: str, folder: Path) -> None:
         raise UserError(f"{setting}: {config}: is not JSON. Save the model again") from None
     if "auto_map" in facts:
         raise UserError(f"{setting}: {folder}: brings code of its own (auto_map in config.json), which is never run")
-    if not list(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise UserError(f"{setting}: {folder}: has no safetensors weights. Save it with save_pretrained again")
+    for path in weights:
+        _check_weights(setting, path)
+
+
+def _check_weights(setting: str, path: Path) -> None:
+    """A safetensors file begins with the length of a JSON header that says where every tensor ends."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if length > min(size - 8, MAX_HEADER_BYTES):
+                raise ValueError
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise UserError(f"{setting}: {path}: is not a safetensors file. Fetch or save the weights again") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise UserError(f"{setting}: {path}: has {size} bytes, its header says {expected}. Fetch or save it again")
 
 
 def model_identity(folder: Path) -> dict[str, str]:
     """sha256 of a model's weights, configuration and tokenizer: what a fingerprint holds of it."""
-    weights = {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+    weights = {
+        p.name: _digest_of(p, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))
+    }
     tokenizer = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     return {
         "weights_sha256": digest(weights),
         "config_sha256": sha256_file(folder / "config.json"),
         "tokenizer_sha256": digest(tokenizer),
     }
+
+
+@functools.cache
+def _digest_of(path: Path, size: int, time_ns: int) -> str:
+    """A file's sha256, computed once in a process while size and time stay what they are."""
+    return sha256_file(path)
+
+
+def check_architecture(model_type: str) -> None:
+    """Raises UserError when transformers has no such architecture."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.for_model(model_type)
+    except ValueError:
+        raise UserError(
+            f"student.model_type: transformers knows no {model_type!r}. Use bert, distilbert, roberta …"
+        ) from None
 
 
 def load_classifier(setting: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -128,8 +172,11 @@ def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:
             str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
         )
     except Exception as error:  # transformers raises many kinds for a broken folder
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{setting}: {folder}: does not load as a classifier ({first})") from None
+        raise UserError(f"{setting}: {folder}: does not load as a classifier ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def quiet_transformers() -> None:
@@ -169,11 +216,13 @@ def positions(folder: Path) -> int | None:
     """The longest input that a model takes, where its configuration says so."""
     config = json.loads((folder / "config.json").read_text())
     longest = config.get("max_position_embeddings")
-    # RoBERTa and its kin count positions from the padding id on.
-    offset = (
-        config.get("pad_token_id", 0) + 1 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else 0
-    )
+    offset = _position_offset(config.get("model_type"), config.get("pad_token_id"))
     return None if longest is None or longest < 0 else longest - offset
+
+
+def _position_offset(model_type: str | None, pad_id: int | None) -> int:
+    """Positions that an architecture leaves unused before the first token's."""
+    return (pad_id or 0) + 1 if model_type in OFFSET_POSITIONS else 0
 
 
 def check_length(setting: str, folder: Path, max_length: int) -> None:
@@ -186,7 +235,7 @@ def check_length(setting: str, folder: Path, max_length: int) -> None:
 def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float | None) -> Any:
     """A student of some of the teacher's layers, its embeddings and its head (DistilBERT, arXiv:1910.01108, section 2).
 
-    Raises UserError when the architecture has no one stack of layers, or a layer is not there.
+    Raises UserError when the architecture has no one stack of layers, or a layer is not there or does not fit.
     """
     count = teacher.config.num_hidden_layers
     chosen = list(range(1, count, 2)) or [0] if layers is None else layers
@@ -198,7 +247,6 @@ def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float |
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer] for layer in chosen]
     set_dropout(config, dropout)
-    student = type(teacher)(config)
     weights = {}
     for name, value in teacher.state_dict().items():
         if not name.startswith(f"{stack}."):
@@ -207,7 +255,14 @@ def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float |
         number, _, rest = name.removeprefix(f"{stack}.").partition(".")
         if int(number) in chosen:
             weights[f"{stack}.{chosen.index(int(number))}.{rest}"] = value
-    student.load_state_dict(weights)
+    try:
+        student = type(teacher)(config)
+        student.load_state_dict(weights)
+    except (ValueError, RuntimeError, AssertionError):
+        raise UserError(
+            f"student.layers: found {chosen}; the layers of {type(teacher).__name__} differ, and these do not fit one"
+            " after the other. Choose others, or use init: config or init: pretrained"
+        ) from None
     return student
 
 
@@ -230,32 +285,45 @@ def student_from_config(settings: Any, tokenizer: Any, labels: list[str], max_le
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     id2label, label2id = label_maps(labels)
+    try:
+        sizes = _sizes(settings, AutoConfig.for_model(settings.model_type), tokenizer, max_length)
+        config = AutoConfig.for_model(
+            settings.model_type, **sizes, pad_token_id=tokenizer.pad_token_id, id2label=id2label, label2id=label2id
+        )
+        set_dropout(config, settings.dropout)
+        return AutoModelForSequenceClassification.from_config(config)
+    except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"student.model_type: {settings.model_type!r} cannot be built with these sizes ({_first_line(error)})."
+            " Choose another architecture or other sizes"
+        ) from None
+
+
+def _sizes(settings: Any, known: Any, tokenizer: Any, max_length: int) -> dict[str, int]:
+    """The sizes under the names that an architecture's configuration, `known`, has for them."""
+    heads = settings.num_heads or max(1, settings.hidden_size // 64)
+    offset = _position_offset(settings.model_type, tokenizer.pad_token_id)
+    feed_forward = next((name for name in FEED_FORWARD_NAMES if hasattr(known, name)), FEED_FORWARD_NAMES[0])
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": settings.hidden_size,
         "num_hidden_layers": settings.num_layers,
-        "num_attention_heads": settings.num_heads or max(1, settings.hidden_size // 64),
-        "intermediate_size": settings.feed_forward or 4 * settings.hidden_size,
-        "max_position_embeddings": max(MIN_POSITIONS, max_length + 2),
-        "pad_token_id": tokenizer.pad_token_id,
+        "num_attention_heads": heads,
+        feed_forward: settings.feed_forward or 4 * settings.hidden_size,
+        "max_position_embeddings": max(MIN_POSITIONS, max_length + max(2, offset)),
     }
-    try:
-        config = AutoConfig.for_model(settings.model_type, **sizes, id2label=id2label, label2id=label2id)
-        set_dropout(config, settings.dropout)
-        return AutoModelForSequenceClassification.from_config(config)
-    except (ValueError, KeyError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(
-            f"student.model_type: {settings.model_type!r} cannot be built with these sizes ({first})"
-        ) from None
+    if unknown := [name for name in sizes if not hasattr(known, name)]:
+        raise ValueError(f"it has no {unknown[0]}")
+    # Left at its default, it may be more than there are heads.
+    return sizes | ({"num_key_value_heads": heads} if hasattr(known, "num_key_value_heads") else {})
 
 
 def set_dropout(config: Any, dropout: float | None) -> None:
     """Every dropout of an architecture's configuration, when one is given."""
-    if dropout is not None:
-        for name in DROPOUT_SETTINGS:
-            if hasattr(config, name):
-                setattr(config, name, dropout)
+    for name, value in config.to_dict().items():
+        is_dropout = "dropout" in name or name.endswith("pdrop")
+        if dropout is not None and is_dropout and (value is None or type(value) in (int, float)):
+            setattr(config, name, dropout)
 
 
 def build_student(

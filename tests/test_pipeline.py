@@ -78,8 +78,12 @@ def clean(settings: dict) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder."""
-    return {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    """sha256 of every file below a folder but the lock, which names its holder."""
+    return {
+        str(p.relative_to(folder)): sha256_file(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 def losses(folder: Path) -> list[float]:
@@ -162,7 +166,7 @@ def kill_tree(process: subprocess.Popen) -> None:
     process.wait(30)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda signum: signum.name)
 def test_a_run_that_is_killed_and_stopped_by_a_signal_ends_with_the_same_bytes(
     settings: dict, clean: Path, signum: signal.Signals
 ) -> None:
@@ -205,7 +209,7 @@ def head_node(tmp_path: Path):
         **os.environ, "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 48,
         "RAY_USAGE_STATS_ENABLED": "0",
     }  # fmt: skip
-    port, dashboard = free_port(), free_port()
+    port, dashboard, agent, metrics, client = (free_port() for _ in range(5))
     # The name of a unix socket has 107 bytes at most, so Ray's folder needs a short path.
     scratch = Path(f"/tmp/rd-{os.getpid()}")
     ray = str(Path(sys.executable).with_name("ray"))
@@ -213,6 +217,8 @@ def head_node(tmp_path: Path):
         [
             ray, "start", "--head", "--block", f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={scratch}",
+            f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+            f"--ray-client-server-port={client}",
             "--object-store-memory=300000000", "--resources={\"trial_driver\": 100}",
         ],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
@@ -224,31 +230,54 @@ def head_node(tmp_path: Path):
 def test_a_job_on_a_cluster_ends_with_the_same_student(settings: dict, clean: Path, head_node) -> None:
     address, environment, ray = head_node
     path = write(settings, name="job", teacher={"cache_from": str(clean)}, evaluate={"control": False})
-    wait_until_up(address, environment)
     root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [ray, "job", "submit", "--address", address, "--working-dir", str(root), "--",
-         sys.executable, "jobs/run.py", str(path)],
-        env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS,
-    )  # fmt: skip
+    submit = [ray, "job", "submit", "--address", address, "--working-dir", str(root), "--"]
+    end = time.monotonic() + 120
+    while True:  # the job server and its agent take a while to come up, and say so by an error
+        done = subprocess.run(
+            [*submit, sys.executable, "jobs/run.py", str(path)],
+            env=environment, capture_output=True, text=True, timeout=DEADLINE_SECONDS,
+        )  # fmt: skip
+        starting = "No available agent" in done.stderr or "Failed to connect" in done.stderr
+        if not starting or time.monotonic() > end:
+            break
+        time.sleep(2)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     student = Path(settings["storage"]) / "job" / "student" / "model.safetensors"
     assert sha256_file(student) == sha256_file(clean / "student" / "model.safetensors")
 
 
-def wait_until_up(address: str, environment: dict[str, str]) -> None:
-    """Waits for the head node's job server."""
-    import urllib.error
-    import urllib.request
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch):
+    """An S3 bucket on a server of the test's own; the environment points every client to it."""
+    from moto.server import ThreadedMotoServer
 
-    request = urllib.request.Request(
-        f"{address}/api/jobs/", headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
-    )
-    end = time.monotonic() + 90
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            assert time.monotonic() < end, "the head node did not come up"
-            time.sleep(0.5)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    boto3.client("s3").create_bucket(Bucket="distilled")
+    yield "s3://distilled/runs"
+    server.stop()
+
+
+def test_a_run_on_object_storage_ends_with_the_same_student(settings: dict, clean: Path, bucket: str) -> None:
+    import hashlib
+
+    import boto3
+
+    path = write(settings, name="remote", teacher={"cache_from": str(clean)}, evaluate={"control": False})
+    done = run("run", path, f"storage={bucket}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    client = boto3.client("s3")
+    stored = {o["Key"] for o in client.list_objects_v2(Bucket="distilled", Prefix="runs/remote/")["Contents"]}
+    assert {"runs/remote/config.yaml", "runs/remote/report/report.html", "runs/remote/train/metrics.jsonl"} <= stored
+    weights = client.get_object(Bucket="distilled", Key="runs/remote/student/model.safetensors")["Body"].read()
+    assert hashlib.sha256(weights).hexdigest() == sha256_file(clean / "student" / "model.safetensors")
+    assert "files are intact" in run("verify", f"{bucket}/remote").stdout

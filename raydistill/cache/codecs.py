@@ -69,11 +69,11 @@ def _decode_float(dtype: type[np.float16] | type[np.float32]) -> Callable[[dict[
 
 
 def encode_int8(logits_NK: Float32) -> list[pa.Array]:
-    """Row by row, logits ~ scale * q + offset with q in -127..127; scale and offset are float16.
+    """Row by row, logits ~ scale * q + offset with q in -128..127; scale and offset are float16.
 
-    q is taken against the rounded scale and offset, so that their rounding costs no accuracy; the row's largest class
-    stays alone at the top of the range, so that the argmax never changes. The mean error is a quarter of a step of
-    1/254 of the row's range.
+    The error is at most half a step, a quarter on average; a step is 1/254 of the row's range. q is taken against the
+    rounded scale and offset, so that their rounding only widens the step. The row's largest class stays alone at the
+    top, so that the argmax never changes: what rounding puts level with it is kept one step lower.
     """
     low, high = logits_NK.min(axis=1, keepdims=True), logits_NK.max(axis=1, keepdims=True)
     if len(logits_NK) and max(np.abs(low).max(), np.abs(high).max()) > FLOAT16_MAX:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from raydistill.cache.codecs import CODECS, Float32
 from raydistill.record.commit import Entry, Manifest, commit_shard, verified
-from raydistill.record.store import Store
+from raydistill.record.store import Store, naming
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,18 @@ def write_logits(
     )
     table = pa.Table.from_arrays([pa.array(row_ids_N), *kept.encode(logits_NK)], schema=schema)
     staged = store.staging(name)
-    pq.write_table(
-        table,
-        staged,
-        compression="NONE",
-        use_dictionary=False,
-        column_encoding={"row_id": "DELTA_BINARY_PACKED"},
-        write_statistics=False,
-        write_page_checksum=True,
-        store_schema=False,
-        row_group_size=max(1, len(table)),
-    )
+    with naming(staged):
+        pq.write_table(
+            table,
+            staged,
+            compression="NONE",
+            use_dictionary=False,
+            column_encoding={"row_id": "DELTA_BINARY_PACKED"},
+            write_statistics=False,
+            write_page_checksum=True,
+            store_schema=False,
+            row_group_size=max(1, len(table)),
+        )
     return commit_shard(store, staged, name, rows=len(table), fingerprint=fingerprint)
 
 

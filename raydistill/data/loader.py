@@ -51,7 +51,10 @@ class Shard:
 
 
 class Split:
-    """One split of the data with its share of the teacher's cache; the shards used last are held in memory."""
+    """One split of the data with its share of the teacher's cache.
+
+    Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES.
+    """
 
     def __init__(
         self, store: Store, split: str, data: Manifest, cache: Manifest | None, *, tokenizer: Any, max_length: int
@@ -62,13 +65,14 @@ class Split:
         self.shard_rows = [entry.rows for entry in self.entries]
         self.rows = sum(self.shard_rows)
         self._held: OrderedDict[int, Future[Shard]] = OrderedDict()
+        self._needed: set[int] = set()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
 
     def shard(self, number: int) -> Shard:
         self.read_ahead([number])
         self._held.move_to_end(number)
         shard = self._held[number].result()
-        self._release(number)
+        self._release(self._needed | {number})
         return shard
 
     def read_ahead(self, numbers: list[int]) -> None:
@@ -77,14 +81,14 @@ class Split:
             if number not in self._held:
                 self._held[number] = self._reader.submit(self._load, number)
 
-    def _release(self, keep: int) -> None:
+    def _release(self, keep: set[int]) -> None:
         done = {n: f.result().nbytes for n, f in self._held.items() if f.done()}
         total = sum(done.values())
-        for number, size in done.items():
-            if total <= HELD_BYTES or number == keep:
+        for number in [n for n in done if n not in keep]:
+            if total <= HELD_BYTES:
                 return
             del self._held[number]
-            total -= size
+            total -= done[number]
 
     def _load(self, number: int) -> Shard:
         rows = read_shard(self._store, self.entries[number])
@@ -117,8 +121,9 @@ class Split:
     ) -> Iterator[tuple[int, Callable[[], Iterator[Batch]]]]:
         """(global row count, this rank's micro-batches) of every step of an epoch from first_step on."""
         order = epoch_batches(self.shard_rows, seed=seed, epoch=epoch, batch_size=batch_size, first_step=first_step)
-        for places, following in order:
-            self.read_ahead(following)
+        for places, needed in order:
+            self._needed = {*needed, *places[:, 0].tolist()}
+            self.read_ahead(needed)
             yield len(places), lambda places=places: self._micro_batches(places, rank, world, accumulation)
 
     def _micro_batches(

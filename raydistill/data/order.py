@@ -50,13 +50,13 @@ def epoch_batches(
     first_step: int = 0,
     window_rows: int = WINDOW_ROWS,
 ) -> Iterator[tuple[npt.NDArray[np.int64], list[int]]]:
-    """The global batches of an epoch from a step on: (shard, row) pairs, and the window that comes next.
+    """The global batches of an epoch from a step on: (shard, row) pairs, and the shards of this window and the next.
 
     The last batch of an epoch holds what is left. Windows before the first step are skipped without being built.
     """
     plan = windows(shard_rows, seed=seed, epoch=epoch, window_rows=window_rows)
     skip = first_step * batch_size
-    held = np.empty((0, 2), np.int64)
+    held, needed = np.empty((0, 2), np.int64), plan[-1]
     for number, window in enumerate(plan):
         rows = sum(shard_rows[s] for s in window)
         if skip >= rows:
@@ -64,10 +64,10 @@ def epoch_batches(
             continue
         order = window_order(shard_rows, window, seed=seed, epoch=epoch, number=number)[skip:]
         skip = 0
-        following = plan[number + 1] if number + 1 < len(plan) else []
+        needed = [shard for shards in plan[number : number + 2] for shard in shards]
         held = np.concatenate([held, order])
         while len(held) >= batch_size:
-            yield held[:batch_size], following
+            yield held[:batch_size], needed
             held = held[batch_size:]
     if len(held):
-        yield held, []
+        yield held, needed

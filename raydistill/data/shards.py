@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from raydistill.data.sources import Row
 from raydistill.record.commit import Entry, commit_shard, committed_shard, shard_name, verified
-from raydistill.record.store import Store
+from raydistill.record.store import Store, naming
 
 SCHEMA = pa.schema(
     [
@@ -63,13 +63,9 @@ class ShardWriter:
             *(pa.array(c, f.type) for c, f in zip(zip(*self._rows, strict=True), SCHEMA.remove(0), strict=True)),
         ]
         staged = self._store.staging(name)
-        pq.write_table(
-            pa.Table.from_arrays(columns, schema=SCHEMA),
-            staged,
-            compression="zstd",
-            write_page_checksum=True,
-            store_schema=False,
-        )
+        table = pa.Table.from_arrays(columns, schema=SCHEMA)
+        with naming(staged):
+            pq.write_table(table, staged, compression="zstd", write_page_checksum=True, store_schema=False)
         return commit_shard(self._store, staged, name, rows=len(self._rows), fingerprint=self._fingerprint)
 
 

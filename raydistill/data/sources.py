@@ -12,9 +12,10 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import fsspec
 import pyarrow as pa
@@ -28,6 +29,8 @@ Reason = Literal[
 ]  # fmt: skip
 PARQUET_BATCH_ROWS = 1024
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
+LABEL_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}")  # one line that can be printed
+LINE_CHARACTERS = 1 << 24  # what is read of a longer line; the rest is skipped, so that memory stays flat
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +89,24 @@ def _expand(setting: str, location: str) -> list[str]:
             files, path = fsspec.core.url_to_fs(location)
             found = sorted(files.glob(path)) if glob.has_magic(path) else [path] if files.exists(path) else []
             found = [str(files.unstrip_protocol(f)) for f in found]
-        except (ImportError, ValueError, OSError) as error:
+        except Exception as error:  # every kind of store raises its own, for missing credentials among others
             raise UserError(f"{setting}: {location}: cannot be listed ({_first_line(error)})") from None
     else:
-        found = sorted(glob.glob(location, recursive=True)) if glob.has_magic(location) else [location]
+        is_glob = glob.has_magic(location) and not os.path.exists(location)
+        found = sorted(glob.glob(location, recursive=True)) if is_glob else [location]
     if not found:
         raise UserError(f"{setting}: {location}: no file matches. Check the path")
     for path in found:
         kind_of(setting, path)
         if "://" not in path and not os.path.isfile(path):
-            what = "is a folder; name its files, as in folder/*.csv" if os.path.isdir(path) else "no such file"
-            raise UserError(f"{setting}: {path}: {what}. Check the path")
+            raise UserError(f"{setting}: {path}: {_no_file(path)}. Check the path")
     return found
+
+
+def _no_file(path: str) -> str:
+    if os.path.isdir(path):
+        return "is a folder; name its files, as in folder/*.csv"
+    return "is not a plain file" if os.path.lexists(path) else "no such file"
 
 
 def kind_of(setting: str, path: str) -> str:
@@ -119,12 +128,12 @@ def kind_of(setting: str, path: str) -> str:
 
 def _sha256(setting: str, path: str) -> str:
     try:
-        with fsspec.open(path, "rb") as file:
+        with _open(path) as file:
             digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):  # type: ignore[union-attr]
+            while chunk := file.read(1 << 20):
                 digest.update(chunk)
             return digest.hexdigest()
-    except OSError as error:
+    except Exception as error:  # every kind of store raises its own
         raise UserError(f"{setting}: {path}: cannot be read ({_first_line(error)})") from None
 
 
@@ -139,7 +148,7 @@ def read_rows(source: Source, columns: Columns) -> Iterator[Row | Dropped]:
                 yield _row(values, number, index, columns.max_row_bytes)
         except UnicodeDecodeError as error:
             raise UserError(f"{source.setting}: {path}: is not UTF-8 ({error.reason}). Save it as UTF-8") from None
-        except (OSError, EOFError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise UserError(
                 f"{source.setting}: {path}: cannot be read ({_first_line(error)}). Check the file"
             ) from None
@@ -167,80 +176,75 @@ def _row(values: tuple[Any, Any] | None, file: int, number: int, max_row_bytes: 
     if isinstance(label, bool) or not isinstance(label, str | int):
         return Dropped("label is not a name", file, number)
     label = str(label).strip()
-    return Row(text, label, file, number) if label else Dropped("null label", file, number)
+    if not label:
+        return Dropped("null label", file, number)
+    return (
+        Row(text, label, file, number) if LABEL_NAME.fullmatch(label) else Dropped("label is not a name", file, number)
+    )
 
 
 def _read_csv(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
     delimiter = "\t" if kind_of(setting, path) == "tsv" else columns.delimiter
     csv.field_size_limit(max(columns.max_row_bytes * 4, 1 << 17))
     with _open_text(path) as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        header = next(reader, None)
-        if header is None:
+        reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
+        try:
+            header = [name.strip() for name in next(reader, [])]
+        except csv.Error as error:
+            raise UserError(f"{setting}: {path}: the header is not CSV ({error}). Check the file") from None
+        if not header:
             raise UserError(
-                f"{setting}: {path}: the file is empty. It needs a header with {columns.text},{columns.label}"
+                f"{setting}: {path}: begins with no header. Its first line must be like {columns.text},{columns.label}"
             )
-        text, label = (_position(setting, path, header, name) for name in (columns.text, columns.label))
-        rows = iter(reader)
+        _check_columns(setting, path, header, columns)
+        text, label = header.index(columns.text), header.index(columns.label)
         while True:
+            line = reader.line_num
             try:
-                fields = next(rows)
+                fields = next(reader)
             except StopIteration:
                 return
             except csv.Error:
-                yield None
+                # A quote that is not closed swallows the lines up to the next one: every one of them is lost.
+                yield from [None] * (reader.line_num - line)
                 continue
             if fields:
                 yield (fields[text], fields[label]) if len(fields) == len(header) else None
 
 
-def _position(setting: str, path: str, header: list[str], name: str) -> int:
-    names = [h.strip() for h in header]
-    if name in names:
-        return names.index(name)
-    raise _no_column(setting, path, names, name)
-
-
-def _no_column(setting: str, path: str, names: list[str], name: str) -> UserError:
-    listed = ", ".join(n[:40] for n in names[:12])
-    return UserError(
-        f"{setting}: {path}: has no column {name!r}, it has {listed}. Set data.text, data.label or data.delimiter"
-    )
+def _check_columns(setting: str, path: str, names: list[str], columns: Columns) -> None:
+    """Raises UserError when a column that is asked for is not there, or there twice."""
+    for name in (columns.text, columns.label):
+        if names.count(name) > 1:
+            raise UserError(f"{setting}: {path}: has {names.count(name)} columns named {name!r}. Rename all but one")
+        if name not in names:
+            listed = ", ".join(repr(n[:40]) for n in names[:12]) or "none"
+            remedy = "Set data.text, data.label or data.delimiter"
+            raise UserError(f"{setting}: {path}: has no column {name!r}, it has {listed}. {remedy}")
 
 
 def _read_jsonl(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
-    found_text = False
+    is_first = True
     with _open_text(path) as file:
-        for number, line in enumerate(file, 1):
+        for line in _lines(file):
             if not line.strip():
                 continue
+            if is_first and line.lstrip().startswith("["):
+                raise UserError(f"{setting}: {path}: is a JSON array. Write one object a line (JSON lines)")
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError):
-                if number == 1 and line.lstrip().startswith("["):
-                    raise UserError(
-                        f"{setting}: {path}: is a JSON array. Write one object a line (JSON lines)"
-                    ) from None
-                yield None
-                continue
-            if isinstance(value, list) and number == 1:
-                raise UserError(f"{setting}: {path}: is a JSON array. Write one object a line (JSON lines)")
-            if not isinstance(value, dict):
-                yield None
-                continue
-            if not found_text and (columns.text not in value or columns.label not in value):
-                missing = columns.text if columns.text not in value else columns.label
-                raise _no_column(setting, path, list(value), missing)
-            found_text = True
-            yield value.get(columns.text), value.get(columns.label)
+                value = None
+            if is_first and isinstance(value, dict):
+                _check_columns(setting, path, list(value), columns)
+            is_first = False
+            yield (value.get(columns.text), value.get(columns.label)) if isinstance(value, dict) else None
 
 
 def _read_parquet(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
-    with fsspec.open(path, "rb") as file, pq.ParquetFile(file) as parquet:
+    with _open(path) as file, pq.ParquetFile(file) as parquet:
         schema = parquet.schema_arrow
-        for name in (columns.text, columns.label):
-            if name not in schema.names:
-                raise _no_column(setting, path, schema.names, name)
+        _check_columns(setting, path, schema.names, columns)
         kind = schema.field(columns.text).type
         plain = kind.value_type if pa.types.is_dictionary(kind) else kind
         if plain not in TEXT_TYPES:
@@ -257,6 +261,7 @@ def _hub(setting: str, location: str) -> Any:
         raise UserError(
             f"{setting}: {location}: needs the package datasets. Run pip install 'raydistill[hf]'"
         ) from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises too
     name, _, split = location.removeprefix("hf://").partition("@")
     name, _, configuration = name.partition(":")
     try:
@@ -267,6 +272,13 @@ def _hub(setting: str, location: str) -> Any:
         raise UserError(f"{setting}: {location}: cannot be loaded ({_first_line(error)})") from None
 
 
+def _streamed(setting: str, location: str, stream: Any) -> Iterator[dict[str, Any]]:
+    try:
+        yield from stream
+    except Exception as error:  # as above
+        raise UserError(f"{setting}: {location}: cannot be read ({_first_line(error)})") from None
+
+
 def _default_split(setting: str) -> str:
     return setting.rpartition(".")[2]
 
@@ -274,7 +286,7 @@ def _default_split(setting: str) -> str:
 def _hub_identity(setting: str, location: str) -> str:
     """The sha256 over the rows themselves: a hub data set has no one file to hash."""
     digest = hashlib.sha256()
-    for row in _hub(setting, location):
+    for row in _streamed(setting, location, _hub(setting, location)):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 
@@ -283,19 +295,34 @@ def _read_hub(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, 
     stream = _hub(setting, path)
     features = stream.features or {}
     names = getattr(features.get(columns.label), "names", None)
-    for index, row in enumerate(stream):
+    for index, row in enumerate(_streamed(setting, path, stream)):
         if index == 0:
-            for name in (columns.text, columns.label):
-                if name not in row:
-                    raise _no_column(setting, path, list(row), name)
+            _check_columns(setting, path, list(row), columns)
         label = row[columns.label]
         if names is not None and isinstance(label, int) and 0 <= label < len(names):
             label = names[label]
         yield row[columns.text], label
 
 
-def _open_text(path: str) -> io.TextIOBase:
-    return fsspec.open(path, "rt", encoding="utf-8-sig", newline="", compression="infer").open()  # type: ignore[return-value]
+def _open(path: str) -> IO[bytes]:
+    # A plain path may hold ::, which fsspec takes for a chain of stores.
+    return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")  # type: ignore[return-value]
+
+
+def _open_text(path: str) -> io.TextIOWrapper:
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(os.path.splitext(path.lower())[1])
+    file = _open(path)
+    # Arrow's codecs: zstd comes with it, and what is wrong with a compressed file is always an OSError.
+    return io.TextIOWrapper(pa.CompressedInputStream(file, codec) if codec else file, "utf-8-sig", newline="")
+
+
+def _lines(file: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a file, long ones cut."""
+    while line := file.readline(LINE_CHARACTERS):
+        rest = line
+        while rest and not rest.endswith(("\n", "\r")):
+            rest = file.readline(LINE_CHARACTERS)
+        yield line
 
 
 def _first_line(error: BaseException) -> str:

@@ -52,6 +52,12 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         raise UserError(
             f"{setting}: {folder}: has no tokenizer that loads ({first}). Save it beside the weights"
         ) from None
+    # Without vocabulary files transformers 5 makes a tokenizer that turns each word into [UNK], and says nothing. It
+    # knows the special tokens and at most the sign for a space.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:
+        raise UserError(
+            f"{setting}: {folder}: has no vocabulary for its tokenizer. Save the tokenizer beside the weights"
+        )
     if tokenizer.pad_token_id is None:
         raise UserError(
             f"{setting}: {folder}: the tokenizer has no padding token. Set pad_token in tokenizer_config.json"

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from raydistill.errors import UserError
 from raydistill.record.fingerprint import SCHEMA, seal, unseal
-from raydistill.record.store import Store, sha256_file
+from raydistill.record.store import Store, naming, sha256_file
 
 MANIFEST = "MANIFEST.json"
 
@@ -95,7 +95,8 @@ def commit_folder(
     paths = sorted(p for p in staged.rglob("*") if p.is_file())
     entries = [Entry(p.relative_to(staged).as_posix(), sha256_file(p), p.stat().st_size) for p in paths]
     manifest = Manifest(fingerprint, tuple(entries), facts or {})
-    (staged / MANIFEST).write_bytes(_sealed(manifest))
+    with naming(staged):
+        (staged / MANIFEST).write_bytes(_sealed(manifest))
     set_aside(store, name, ".bad-")
     store.publish(staged, name)
     return manifest
@@ -130,9 +131,7 @@ def read_manifest(store: Store, folder: str) -> Manifest | None:
     try:
         return Manifest(document["fingerprint"], tuple(Entry(**e) for e in document["files"]), document["facts"])
     except (KeyError, TypeError):
-        raise UserError(
-            f"{store.where(name)}: is damaged: not a manifest. Set it aside with verify --repair"
-        ) from None
+        raise UserError(f"{store.where(name)}: is damaged: not a manifest. Set it aside with verify --repair") from None
 
 
 def damage(store: Store, folder: str, manifest: Manifest) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from raydistill.errors import UserError
 from raydistill.record.commit import MANIFEST, Manifest, damage, read_manifest, set_aside, sidecar_name
 from raydistill.record.fingerprint import Plan, first_difference
-from raydistill.record.store import Store, open_store
+from raydistill.record.store import Store, open_store, unreachable
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ PARTS = {
     "report": Part("evaluate", "report", "report"),
 }
 LENT = ("data", "teacher", "cache")
+# What was damaged is set aside as NAME.bad-1, what was made for another plan as FOLDER.1. Other names end in numbers
+# too: TensorBoard's do.
+ASIDE = re.compile(
+    rf"\.bad-\d+(/|$)|^({'|'.join(f'{part.folder}|{part.product}' for part in PARTS.values())})\.\d+(/|$)"
+)
 STAGES = ("prepare", "teach", "train", "evaluate")
 
 
@@ -70,10 +75,9 @@ class Run:
 
         Raises UserError, naming the first field that differs, when the part stands there for another plan.
         """
+        self.check(part, plan)
         standing = self.plan(part)
         if standing is not None and standing.fingerprint != plan.fingerprint:
-            if (self.lender and part in LENT) or not self.redo or not _later(PARTS[part].stage, self.redo):
-                raise UserError(self._mismatch(part, standing, plan))
             self.set_aside(part)
             standing = None
         if standing is None:
@@ -86,6 +90,14 @@ class Run:
             set_aside(self.store, PARTS[part].product, ".")
             return None
         return manifest
+
+    def check(self, part: str, plan: Plan) -> None:
+        """Raises UserError when the part stands there for another plan and the user did not ask to redo it."""
+        standing = self.plan(part)
+        if standing is None or standing.fingerprint == plan.fingerprint:
+            return
+        if (self.lender and part in LENT) or not self.redo or not _later(PARTS[part].stage, self.redo):
+            raise UserError(self._mismatch(part, standing, plan))
 
     def _mismatch(self, part: str, old: Plan, new: Plan) -> str:
         what, before, after = first_difference(old.inputs, new.inputs) or ("plan", old.fingerprint, new.fingerprint)
@@ -114,7 +126,11 @@ def open_run(storage: str, name: str, *, cache_from: str | None = None, redo: st
 def find_run(location: str) -> Run:
     """The run at a folder or URL that the user named. Raises UserError when none is there."""
     store = open_store(location)
-    if not store.exists("config.yaml"):
+    try:
+        found = store.exists("config.yaml")
+    except Exception as error:  # each store's client raises its own kinds
+        raise unreachable("RUN", location, error) from None
+    if not found:
         raise UserError(f"{location}: is not a run's folder (no config.yaml). Give <storage>/<name>")
     return Run(store)
 
@@ -132,36 +148,42 @@ def verify(run: Run, *, repair: bool = False) -> tuple[int, list[Finding]]:
 
     With `repair` what is damaged is set aside under a numbered name, so that the next run makes exactly that again.
     """
-    checked, findings = 0, []
+    checked, findings, bad = 0, [], []
     for folder in manifest_folders(run.store):
+        checked += 1
         try:
             manifest = read_manifest(run.store, folder)
         except UserError as error:
             findings.append(Finding(f"{folder}/{MANIFEST}", str(error)))
-            _aside(run.store, f"{folder}/{MANIFEST}", repair)
+            bad.append(f"{folder}/{MANIFEST}")
             continue
-        assert manifest is not None
+        if manifest is None:  # a training that goes on has just cleared this checkpoint away
+            continue
         broken = damage(run.store, folder, manifest)
         checked += len(manifest.files)
         findings += [Finding(name, problem) for name, problem in broken]
-        whole = not any(name.endswith(".parquet") for name in (e.file for e in manifest.files))
-        if broken and whole:
-            _aside(run.store, folder, repair)
+        if broken and _made_whole(run.store, folder, manifest):
+            bad.append(folder)
         elif broken:
-            for name, _ in broken:
-                _aside(run.store, name, repair)
-                _aside(run.store, sidecar_name(name), repair)
-            _aside(run.store, f"{folder}/{MANIFEST}", repair)
+            bad += [name for file, _ in broken for name in (file, sidecar_name(file))] + [f"{folder}/{MANIFEST}"]
     for part in PARTS.values():
-        folder, name = part.folder, f"{part.folder}/plan.json"
+        name = f"{part.folder}/plan.json"
         if run.store.exists(name):
             checked += 1
             try:
                 Plan.unsealed(run.store.read(name), name)
             except UserError as error:
                 findings.append(Finding(name, str(error)))
-                _aside(run.store, folder, repair)
+                bad.append(name)
+    for name in bad if repair else ():
+        set_aside(run.store, name, ".bad-")
     return checked, findings
+
+
+def _made_whole(store: Store, folder: str, manifest: Manifest) -> bool:
+    """Whether a folder was published as one, like a model or a checkpoint, and is made again as one."""
+    has_shards = any(entry.file.endswith(".parquet") for entry in manifest.files)
+    return not has_shards and not store.exists(f"{folder}/plan.json")
 
 
 def manifest_folders(store: Store) -> list[str]:
@@ -171,15 +193,8 @@ def manifest_folders(store: Store) -> list[str]:
 
 
 def is_aside(name: str) -> bool:
-    return any(re.search(r"\.(bad-)?\d+$", part) for part in name.split("/"))
-
-
-def _aside(store: Store, name: str, repair: bool) -> None:
-    if repair and store.exists(name):
-        number = 1
-        while store.exists(f"{name}.bad-{number}"):
-            number += 1
-        store.move(name, f"{name}.bad-{number}")
+    """Whether a file was set aside, or stands in a folder that was."""
+    return bool(ASIDE.search(name))
 
 
 def leftovers(run: Run) -> list[str]:

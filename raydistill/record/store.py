@@ -7,18 +7,22 @@ test can make the N-th one fail or kill the process there (`RAYDISTILL_FAULT=N:k
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import fsspec
 import pyarrow as pa
+from safetensors import SafetensorError
 
 from raydistill.errors import UserError
 
@@ -36,6 +40,19 @@ def step(operation: str, path: str) -> None:
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     raise OSError(getattr(errno, action), f"injected before {operation}", path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path into what a failed write raises: Python and Arrow leave it out, safetensors has its own error."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+        if number is None or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 class Store(Protocol):
@@ -100,6 +117,18 @@ def open_store(url: str) -> Store:
         raise UserError(f"storage: {url}: {str(error).splitlines()[0]}. Install the extra for {scheme}://") from None
 
 
+def unreachable(setting: str, where: str, error: Exception) -> UserError:
+    """What a store's client raised, in one line."""
+    first = (str(error).strip().splitlines() or [""])[0][:160] or type(error).__name__
+    return UserError(f"{setting}: {where}: cannot be reached ({first}). Check its name and your credentials")
+
+
+def _check_within(root: str, name: str) -> None:
+    """Names come from manifests too, and a manifest may come from somebody else."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise UserError(f"{root}: refuses the name {name!r}, which leads out of it")
+
+
 class LocalStore:
     """A folder on a local or shared POSIX file system."""
 
@@ -107,9 +136,8 @@ class LocalStore:
         self.root = os.path.abspath(root)
 
     def where(self, name: str) -> str:
-        path = os.path.normpath(os.path.join(self.root, name))
-        assert path == self.root or path.startswith(self.root + os.sep), f"{name} leaves {self.root}"
-        return path
+        _check_within(self.root, name)
+        return os.path.normpath(os.path.join(self.root, name))
 
     def exists(self, name: str) -> bool:
         return os.path.exists(self.where(name))
@@ -140,7 +168,8 @@ class LocalStore:
     def write(self, name: str, data: bytes) -> None:
         staged = self.staging(name)
         step("write", str(staged))
-        staged.write_bytes(data)
+        with naming(staged):
+            staged.write_bytes(data)
         self.publish(staged, name)
 
     def create(self, name: str, data: bytes) -> bool:
@@ -195,6 +224,7 @@ class ObjectStore:
         return f"{self.root}/{name}" if name else self.root
 
     def _path(self, name: str) -> str:
+        _check_within(self.root, name)
         return f"{self._base}/{name}" if name else self._base
 
     def exists(self, name: str) -> bool:
@@ -235,6 +265,12 @@ class ObjectStore:
             self._files.pipe_file(self._path(name), data, mode="create")
         except FileExistsError:
             return False
+        except OSError as error:
+            # AWS says which condition failed, and s3fs makes it a FileExistsError; other S3 servers do not say.
+            response = getattr(error.__cause__, "response", None)
+            if response and response["Error"].get("Code") in ("PreconditionFailed", "ConditionalRequestConflict"):
+                return False
+            raise
         return True
 
     def staging(self, name: str) -> Path:
@@ -256,11 +292,18 @@ class ObjectStore:
 
     def move(self, name: str, target: str) -> None:
         step("move", self.where(target))
-        self._files.mv(self._path(name), self._path(target), recursive=True)
+        # By file: s3fs cannot copy a folder, because it tries to copy a file of the folder's name as well.
+        names = self.list(name)
+        self._files.copy([self._path(n) for n in names], [self._path(target + n[len(name) :]) for n in names])
+        self.remove(name)
 
     def remove(self, name: str) -> None:
-        step("remove", self.where(name))
-        self._files.rm(self._path(name), recursive=True)
+        # MANIFEST.json first: a folder without it is not there any more.
+        for manifests_turn in (True, False):
+            step("remove", self.where(name))
+            names = [n for n in self.list(name) if n.endswith("MANIFEST.json") == manifests_turn]
+            if names:
+                self._files.rm([self._path(n) for n in names])
 
 
 def sha256_file(path: Path) -> str:

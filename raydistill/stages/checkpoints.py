@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from raydistill.errors import UserError
 from raydistill.record.commit import commit_folder, damage, read_manifest
-from raydistill.record.store import Store
+from raydistill.record.store import Store, naming
 
 KEPT = 2
 log = logging.getLogger(__name__)
@@ -96,9 +96,10 @@ class Checkpoints:
             return
         staged = self._store.staging(name)
         staged.mkdir(parents=True)
-        save_file({n: t.contiguous() for n, t in weights.items()}, str(staged / "model.safetensors"))
-        save_file(optimizer, str(staged / "optimizer.safetensors"))
-        (staged / "state.json").write_text(json.dumps(asdict(state)))
+        with naming(staged):
+            save_file({n: t.contiguous() for n, t in weights.items()}, str(staged / "model.safetensors"))
+            save_file(optimizer, str(staged / "optimizer.safetensors"))
+            (staged / "state.json").write_text(json.dumps(asdict(state)))
         commit_folder(self._store, staged, name, self._fingerprint)
         self._store.write(f"{self._folder}/latest.json", json.dumps({"step": state.step}).encode())
         for step in self.steps()[:-KEPT]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ def connect(config: Config) -> Resources:
 
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's own notes stand among the progress
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
         os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
         os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
@@ -87,18 +87,17 @@ def worker_environment(resources: Resources) -> dict[str, str]:
 
 def share_for_actors(resources: Resources, *, actors: int | None, cpus_per_actor: int) -> Share:
     """The teacher's actor pool. Raises UserError when what was asked for cannot fit; never waits for it."""
-    per_node = resources.gpus or max(resources.cpus // cpus_per_actor, 0)
-    if per_node < 1:
+    by_cpus = resources.cpus // cpus_per_actor
+    room = min(resources.gpus, by_cpus) if resources.gpus else by_cpus
+    if cpus_per_actor > resources.node_cpus or room < 1:
         raise UserError(
-            f"teacher.cpus_per_actor: found {cpus_per_actor}, the cluster has {resources.cpus} CPUs."
+            f"teacher.cpus_per_actor: found {cpus_per_actor}, the largest node has {resources.node_cpus} CPUs."
             " Lower it or add a node"
         )
-    if actors is not None and actors > per_node:
+    if actors is not None and actors > room:
         what = f"{resources.gpus} GPUs" if resources.gpus else f"{resources.cpus} CPUs at {cpus_per_actor} for each"
-        raise UserError(
-            f"teacher.actors: found {actors}, the cluster has {what}. Set at most {per_node}, or leave it out"
-        )
-    return Share(actors or per_node, cpus_per_actor, 1 if resources.gpus else 0)
+        raise UserError(f"teacher.actors: found {actors}, the cluster has {what}. Set at most {room}, or leave it out")
+    return Share(actors or room, cpus_per_actor, 1 if resources.gpus else 0)
 
 
 def share_for_training(resources: Resources, settings: Training, setting: str) -> Share:
@@ -160,13 +159,3 @@ def new_mailbox() -> Any:
     import ray
 
     return ray.remote(num_cpus=0)(Mailbox).remote()
-
-
-def wait_until(done: Any, seconds: float, poll_seconds: float = 0.1) -> bool:
-    """Whether the condition came true in that time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if done():
-            return True
-        time.sleep(poll_seconds)
-    return bool(done())

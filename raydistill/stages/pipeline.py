@@ -13,8 +13,8 @@ from raydistill.record.lock import run_lock
 from raydistill.record.run import PARTS, Run, open_run
 from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.evaluate import evaluate
-from raydistill.stages.preflight import Cost, check_models, check_resources, cost
-from raydistill.stages.prepare import Surveyed, prepare, standing_data, survey_sources
+from raydistill.stages.preflight import Cost, check_models, check_plans, check_resources, cost
+from raydistill.stages.prepare import Surveyed, data_plan, prepare, standing_data, survey_sources
 from raydistill.stages.progress import Progress
 from raydistill.stages.teach import teach
 from raydistill.stages.train import train
@@ -33,7 +33,9 @@ def run_stages(
     with run_lock(run.store), progress.catching_signals():
         surveyed = check(config, run, stages, progress)
         with cluster(config, stages) as resources:
+            progress.listen()
             check_resources(config, stages, resources)
+            check_plans(config, run, stages, resources)
             if redo:
                 for part, facts in PARTS.items():
                     if facts.stage == redo:
@@ -58,6 +60,7 @@ def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress)
                 " Give the data section of that run, or leave cache_from out"
             )
         surveyed = survey_sources(config, progress)
+        run.check("data", data_plan(config, surveyed))
     labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
     if stages != ("prepare",):
         check_models(config, run, labels)

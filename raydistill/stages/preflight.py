@@ -11,11 +11,12 @@ from raydistill.config import Config
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import check_length, find_model, label_order
+from raydistill.models import ModelSource, check_architecture, check_length, find_model, label_order
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
 from raydistill.stages.progress import size
-from raydistill.stages.trainer import settings_of
+from raydistill.stages.teach import cache_plan, teacher_source
+from raydistill.stages.trainer import settings_of, training_plan
 
 CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (1, 4)}
 
@@ -40,6 +41,8 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         student = find_model("student.model", config.student.model, config.student.revision)
         load_tokenizer(student, "student.model")
         check_length("the student", student, config.data.max_length)
+    elif config.student.init == "config":
+        check_architecture(config.student.model_type)
     elif config.student.init == "teacher_layers" and config.student.layers:
         _check_layers(folder, config.student.layers)
 
@@ -61,6 +64,29 @@ def check_resources(config: Config, stages: tuple[str, ...], resources: Resource
         settings, section = settings_of(config, role)
         share_for_training(resources, settings, section)
         check_precision(resources, settings.precision, section)
+
+
+def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Resources) -> None:
+    """Compares every plan that can be known now with the one that stands, so that nothing is written for a refused one.
+
+    A plan can be known once the parts that it is made from are complete. Raises UserError for the first that differs.
+    """
+    data = run.complete("data")
+    if data is None or stages == ("prepare",):
+        return
+    if config.teacher.fine_tune is not None and not run.lender:
+        start = ModelSource("teacher.model", config.teacher.model, config.teacher.revision)
+        if "teach" in stages:
+            run.check("teacher", training_plan("teacher", config, run, resources, start))
+        if run.complete("teacher") is None:
+            return
+    if "teach" in stages:
+        run.check("cache", cache_plan(config, run, data, resources))
+    teacher = teacher_source(config, run)
+    if "train" in stages and run.complete("cache") is not None:
+        run.check("student", training_plan("student", config, run, resources, teacher))
+    if "evaluate" in stages and config.evaluate.control:
+        run.check("control", training_plan("control", config, run, resources, teacher))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 from raydistill.errors import Interrupted
 
 GRACE_SECONDS = 8.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Progress:
@@ -49,23 +50,27 @@ class Progress:
 
     @contextlib.contextmanager
     def catching_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a stop once; the second one, or no end within a few seconds, ends the process."""
-
-        def handle(signum: int, _frame: Any) -> None:
-            if self.stopping:
-                os._exit(128 + signum)
-            self.signal = signum
-            self._stop.set()
-
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        """SIGINT, SIGTERM and SIGHUP ask for a stop once; the second one ends the process at once."""
+        before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        self.listen()
         try:
             yield
         finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+            if threading.current_thread() is threading.main_thread():
+                for signum, handler in before.items():
+                    signal.signal(signum, handler)
+
+    def listen(self) -> None:
+        """Takes the signals; again after `ray.init`, which puts a handler of its own that aborts on SIGTERM."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                signal.signal(signum, self._ask_for_stop)
+
+    def _ask_for_stop(self, signum: int, _frame: Any) -> None:
+        if self.stopping:
+            os._exit(128 + signum)
+        self.signal = signum
+        self._stop.set()
 
 
 def duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ import torch
 from raydistill.cache.shards import write_logits
 from raydistill.data.shards import DataShard, read_shard
 from raydistill.data.tokens import Tokens, load_tokenizer, pack_by_length, pad, tokenise
-from raydistill.errors import UserError
+from raydistill.errors import UserError, storage_problem
 from raydistill.models import ModelSource, label_order, load_classifier
 from raydistill.record.commit import Entry, Manifest, committed_shard
 from raydistill.record.store import open_store
@@ -135,6 +135,10 @@ class ScoringActor:
             record |= {**asdict(made), **facts}
         except UserError as error:
             record["problem"] = str(error)
+        except OSError as error:
+            if (problem := storage_problem(error)) is None:
+                raise
+            record["problem"] = str(problem)
         return {name: [value] for name, value in record.items()}
 
     def _scorer_of(self, number: int) -> Scorer:

@@ -9,13 +9,13 @@ import uuid
 from typing import Any
 
 from raydistill.config import Config, TeacherMetrics, Train, Training, identity
-from raydistill.errors import Interrupted, UserError
+from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.losses.objective import Objective
 from raydistill.models import ModelSource, find_model, model_identity
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
-from raydistill.record.store import LocalStore, Store
+from raydistill.record.store import LocalStore, open_store
 from raydistill.stages.cluster import (
     Resources,
     check_precision,
@@ -28,6 +28,7 @@ from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
 
 POLL_SECONDS = 0.2
+STOP_POLL_SECONDS = 0.5
 
 
 def settings_of(config: Config, role: str) -> tuple[Training, str]:
@@ -169,12 +170,9 @@ def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resour
     if "problem" in value:
         raise UserError(value["problem"])
     if value["outcome"] == "stopped":
-        progress.say(f"{job.role}: stopped by {signal_name(progress)}, state saved at step {value['step']:,}")
-        raise Interrupted(progress.signal)
-
-
-def signal_name(progress: Progress) -> str:
-    return str(Interrupted(progress.signal))
+        stop = Interrupted(progress.signal)
+        progress.say(f"{job.role}: stopped by {stop}, state saved at step {value['step']:,}")
+        raise stop
 
 
 def _watch(job: TrainingJob, thread: threading.Thread, mailbox: Any, progress: Progress) -> None:
@@ -225,9 +223,7 @@ class _Reader:
 
 def _ray_storage(job: TrainingJob, scratch: str) -> dict[str, Any]:
     """Where Ray Train keeps its own notes: a folder of the run that every node reaches."""
-    from raydistill.record.store import open_store
-
-    store: Store = open_store(job.run_url)
+    store = open_store(job.run_url)
     if isinstance(store, LocalStore):
         return {"storage_path": store.where(scratch)}
     import fsspec
@@ -239,8 +235,6 @@ def _ray_storage(job: TrainingJob, scratch: str) -> dict[str, Any]:
 
 def _clear(job: TrainingJob, scratch: str) -> None:
     """Ray's notes of a fit that ended are of no use to the next one."""
-    from raydistill.record.store import open_store
-
     store = open_store(job.run_url)
     folder = scratch.rpartition("/")[0]
     if store.exists(folder):
@@ -249,26 +243,34 @@ def _clear(job: TrainingJob, scratch: str) -> None:
 
 def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     """What every Ray Train worker runs. What the user must mend is returned: an exception would be retried."""
-    import ray
     import torch
-    from ray.exceptions import RayError
 
     torch.set_num_threads(settings["threads"])
-    mailbox = settings["mailbox"]
-    stop = threading.Event()
-
-    def poll() -> None:
-        while not stop.is_set():
-            with contextlib.suppress(RayError):
-                if ray.get(mailbox.stopped.remote()):
-                    stop.set()
-            stop.wait(0.5)
-
-    first = torch.distributed.get_rank() == 0
-    threading.Thread(target=poll, daemon=True, name="stop").start() if first else None
+    job, mailbox = settings["job"], settings["mailbox"]
     try:
-        return run_training(
-            settings["job"], post=lambda u: mailbox.post.remote(u) if first else None, stopped=stop.is_set
-        )
+        if torch.distributed.get_rank() == 0:
+            return run_training(job, post=mailbox.post.remote, stopped=_stop_request(mailbox).is_set)
+        return run_training(job, post=lambda update: None, stopped=lambda: False)
     except UserError as error:
         return {"problem": str(error)}
+    except OSError as error:
+        if (problem := storage_problem(error)) is None:
+            raise
+        return {"problem": str(problem)}
+
+
+def _stop_request(mailbox: Any) -> threading.Event:
+    """An event that is set once the driver asks for a stop; a thread looks for it, so that no step waits."""
+    import ray
+    from ray.exceptions import RayError
+
+    asked = threading.Event()
+
+    def look() -> None:
+        while not asked.wait(STOP_POLL_SECONDS):
+            with contextlib.suppress(RayError):
+                if ray.get(mailbox.stopped.remote()):
+                    asked.set()
+
+    threading.Thread(target=look, daemon=True, name="stop-request").start()
+    return asked

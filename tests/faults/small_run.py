@@ -1,0 +1,232 @@
+"""Small runs of prepare, teach and train without Ray, each in a forked child that a fault may kill.
+
+Imports cost seconds and a small run less, so this process imports once and forks a child for every run. It reads one
+JSON request a line and answers with one JSON object a line. It must stay free of threads and of torch work: a fork
+would inherit half of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import torch
+import torch.distributed as dist
+
+from raydistill import demo, engine, models, tickets
+from raydistill.config import Config
+from raydistill.config_file import validate
+from raydistill.data.tokens import load_tokenizer
+from raydistill.errors import UserError
+from raydistill.record import store
+from raydistill.record.run import open_run
+from raydistill.stages import pipeline, scoring, teach, trainer
+from raydistill.stages.cluster import Resources
+from raydistill.stages.loop import TrainingJob, run_training
+from raydistill.stages.progress import Progress
+
+# What a run imports on its way, so that no child has to.
+LATE_IMPORTS = (
+    "deepspeed.module_inject.auto_ep_layer", "fsspec.implementations.local", "pyarrow.pandas_compat", "torch._dynamo",
+    "torch.utils.tensorboard", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+)  # fmt: skip
+TRAIN_ROWS, TEST_ROWS, SHARD_ROWS = 60, 20, 16
+
+
+def write_input(folder: Path) -> None:
+    """Tickets, and a tiny BERT classifier with a new head for their categories."""
+    train, _ = tickets.write_tickets(folder, train_rows=TRAIN_ROWS, test_rows=TEST_ROWS)
+    texts = train.read_text().splitlines()[1:]
+    demo.write_new_bert(folder / "bert", texts, hidden_size=16, layers=2, heads=2, vocabulary=200)
+    torch.manual_seed(0)
+    teacher = models.start_classifier("teacher.model", folder / "bert", sorted(tickets.CATEGORIES))
+    teacher.save_pretrained(folder / "teacher")
+    load_tokenizer(folder / "bert", "teacher.model").save_pretrained(folder / "teacher")
+
+
+def config(folder: Path, source: Path, changes: dict[str, Any]) -> Config:
+    """The run in `folder` over the input in `source`; `changes` are settings by dotted name."""
+    settings: dict[str, Any] = {
+        "name": folder.name,
+        "storage": str(folder.parent),
+        "data": {
+            "train": str(source / "train.csv"),
+            "test": str(source / "test.csv"),
+            "label": "category",
+            "max_length": 48,
+            "shard_rows": SHARD_ROWS,
+        },
+        "teacher": {"model": str(source / "teacher"), "codec": "dense-int8", "dtype": "float32"},
+        "student": {"init": "config", "hidden_size": 16, "num_layers": 2, "num_heads": 2, "dropout": 0.1},
+        "train": {
+            "epochs": 2, "batch_size": 16, "checkpoint_every": 3, "learning_rate": 1e-3, "precision": "fp32",
+            "metric": "kl",
+        },
+    }  # fmt: skip
+    for name, value in changes.items():
+        *sections, key = name.split(".")
+        place = settings
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return validate(settings, {}, "small run")
+
+
+class Record:
+    """What a run did, for its answer."""
+
+    def __init__(self) -> None:
+        self.operations: list[str] = []
+        self.scored: list[str] = []
+        self.posts: list[dict[str, Any]] = []
+        self.said: list[str] = []
+        self.warnings: list[str] = []
+
+
+def run_stages(request: dict[str, Any], record: Record) -> None:
+    """`raydistill run` with one process in the place of Ray's actors and workers."""
+
+    @contextlib.contextmanager
+    def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
+        yield Resources(cpus=1, gpus=0, node_cpus=1)
+
+    def map_shards(jobs: Any, tasks: list[dict[str, Any]], share: Any, progress: Progress) -> Iterator[dict[str, Any]]:
+        actor = scoring.ScoringActor(jobs, 1)
+        for task in tasks:
+            record.scored.append(task["file"])
+            yield {name: values[0] for name, values in actor({name: [task[name]] for name in task}).items()}
+
+    def fit(job: TrainingJob, *_: Any) -> None:
+        with tempfile.TemporaryDirectory() as meeting:
+            dist.init_process_group("gloo", init_method=f"file://{meeting}/file", rank=0, world_size=1)
+            run_training(job, post=record.posts.append, stopped=lambda: False)
+            dist.destroy_process_group()
+
+    pipeline.cluster, scoring._map_shards, trainer._fit = cluster, map_shards, fit
+    settings = config(Path(request["folder"]), Path(request["source"]), request.get("changes", {}))
+    pipeline.run_stages(
+        settings, tuple(request["stages"]), Progress(record.said.append), redo=request.get("redo") or None
+    )
+
+
+def score_again(request: dict[str, Any], record: Record) -> None:
+    """One task of teach once more, as Ray does when an answer was lost: the shard stands committed."""
+    settings = config(Path(request["folder"]), Path(request["source"]), {})
+    run = open_run(settings.storage, settings.name)
+    plan, data = run.plan("cache"), run.require("data")
+    assert plan is not None
+    job = teach.teacher_job(
+        settings, run, data, folder="teacher/cache", fingerprint=plan.fingerprint, dtype="float32"
+    )
+    scoring.Scorer(job, threads=1).score_shard(data.shards("train")[0])
+
+
+def child(action: Callable[[dict[str, Any], Record], None], request: dict[str, Any], answers: int) -> None:
+    """Does one request under its fault and environment, and sends the answer."""
+    record = Record()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda message: record.warnings.append(message.getMessage())
+    logging.getLogger("raydistill").addHandler(handler)
+    torch.set_num_threads(1)
+    os.environ |= request.get("environment", {})
+    os.environ[store.FAULT_VARIABLE] = request.get("fault", "")
+    time.tzset()
+    if "umask" in request:
+        os.umask(request["umask"])
+    if "file_bytes" in request:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], request["file_bytes"]))
+    if request.get("lost_folder"):
+        with tempfile.TemporaryDirectory() as lost:
+            os.chdir(lost)
+    real_step, store.operations = store.step, 0
+
+    def step(operation: str, path: str) -> None:
+        record.operations.append(f"{operation} {Path(path).name}")
+        real_step(operation, path)
+
+    store.step = step
+    answer: dict[str, Any] = {"error": None}
+    try:
+        action(request, record)
+    except UserError as error:
+        answer["error"] = str(error)
+    except OSError as error:
+        answer |= {"error": str(error), "errno": error.errno, "file": error.filename}
+    except BaseException:
+        answer |= {"error": traceback.format_exc(), "bug": True}
+    answer |= vars(record)
+    with os.fdopen(answers, "w") as pipe:
+        json.dump(answer, pipe)
+
+
+def forked(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer of a child; {"exit": status} alone when it was killed, by its fault or because it was too slow."""
+    actions = {"run": run_stages, "score again": score_again}
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        child(actions[request["do"]], request, writing)
+        os._exit(0)
+    os.close(writing)
+    content, end = b"", time.monotonic() + request.get("deadline", 60)
+    while True:
+        ready, _, _ = select.select([reading], [], [], max(0.0, end - time.monotonic()))
+        if not ready:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(reading)
+            return {"exit": "deadline"}
+        chunk = os.read(reading, 1 << 16)
+        if not chunk:
+            break
+        content += chunk
+    os.close(reading)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return {"exit": status, **(json.loads(content) if content else {})}
+
+
+def thread_names() -> set[str]:
+    """Of this process; Arrow's allocator starts one and forks well."""
+    return {Path(f"/proc/self/task/{thread}/comm").read_text().strip()[:6] for thread in os.listdir("/proc/self/task")}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    engine._import_deepspeed()
+    for name in LATE_IMPORTS:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "input":
+            pid = os.fork()
+            if pid == 0:
+                write_input(Path(request["source"]))
+                os._exit(0)
+            answer = {"exit": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
+        else:
+            answer = forked(request)
+        assert thread_names() <= {"python", "jemall"}, f"the forking process has threads: {thread_names()}"
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""What the report says of a model, against formulas of their own; and the page that shows it.
+
+Shapes: N rows, K classes.
+"""
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistill.report.metrics import (
+    calibration_error,
+    classifier_metrics,
+    compare,
+    fit_temperature,
+    log_softmax,
+    macro_f1,
+    mean_kl,
+    nll,
+)
+from raydistill.report.page import render, table, verdict
+
+
+def sample(rows: int = 800, classes: int = 7, seed: int = 0, scale: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels drawn from their own probabilities, so that the logits are calibrated."""
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(0, scale, (rows, classes))
+    gumbel = generator.gumbel(size=logits.shape)
+    return logits.astype(np.float32), (logits + gumbel).argmax(axis=1)
+
+
+def probabilities(logits: np.ndarray) -> list[list[float]]:
+    rows = [[math.exp(value - max(row)) for value in row] for row in logits.astype(np.float64).tolist()]
+    return [[value / sum(row) for value in row] for row in rows]
+
+
+def test_log_softmax_sums_to_one_and_takes_any_size():
+    logits = np.array([[1e4, 0.0, -1e4], [3.0, 3.0, 3.0]], np.float32)
+    assert np.exp(log_softmax(logits)).sum(axis=1) == pytest.approx([1, 1])
+    assert log_softmax(logits)[0].tolist() == [0.0, -1e4, -2e4]
+
+
+def test_nll_is_the_mean_of_minus_log_p():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    logits, labels = sample()
+    by_hand = -sum(math.log(p[label]) for p, label in zip(probabilities(logits), labels, strict=True)) / len(labels)
+    assert nll(logits, labels) == pytest.approx(by_hand, rel=1e-6)
+    assert nll(logits, labels) == pytest.approx(sklearn.log_loss(labels, probabilities(logits)), rel=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=60))
+def test_macro_f1_is_scikit_learns(pairs: list[tuple[int, int]]):
+    sklearn = pytest.importorskip("sklearn.metrics")
+    predicted, labels = (np.array(values) for values in zip(*pairs, strict=True))
+    expected = sklearn.f1_score(labels, predicted, average="macro", zero_division=0)
+    assert macro_f1(predicted, labels) == pytest.approx(expected)
+
+
+def test_mean_kl_is_the_sum_over_classes():
+    teacher, student = sample(50, seed=1)[0], sample(50, seed=2)[0]
+    rows = zip(probabilities(teacher), probabilities(student), strict=True)
+    expected = sum(a * math.log(a / b) for p, q in rows for a, b in zip(p, q, strict=True)) / 50
+    assert mean_kl(teacher, student) == pytest.approx(expected, rel=1e-6)
+    assert mean_kl(teacher, teacher + 3) == pytest.approx(0, abs=1e-6)
+
+
+def test_calibration_error_is_that_of_fifteen_bins_of_equal_mass():
+    # 75 rows make bins of 5: sort by the top probability, then |mean confidence - accuracy| of each five, on average.
+    logits, labels = sample(75, seed=3)
+    rows = [(max(p), p.index(max(p)) == label) for p, label in zip(probabilities(logits), labels, strict=True)]
+    rows.sort(key=lambda row: row[0])
+    bins = [rows[start : start + 5] for start in range(0, 75, 5)]
+    gaps = [abs(sum(c for c, _ in b) / 5 - sum(hit for _, hit in b) / 5) for b in bins]
+    assert calibration_error(logits, labels) == pytest.approx(sum(gaps) / 15, rel=1e-6)
+
+
+def test_calibration_error_is_small_for_calibrated_logits_and_large_for_sharpened_ones():
+    logits, labels = sample(30_000)
+    assert calibration_error(logits, labels) < 0.015
+    assert calibration_error(4 * logits, labels) > 0.1
+    assert 0 <= calibration_error(logits[:3], labels[:3]) <= 1
+
+
+@pytest.mark.parametrize("sharpness", [0.25, 1.0, 4.0])
+def test_fitted_temperature_undoes_a_sharpness(sharpness: float):
+    logits, labels = sample(20_000)
+    found = fit_temperature(sharpness * logits, labels)
+    assert found == pytest.approx(sharpness, rel=0.03)
+    grid = np.exp(np.linspace(-3, 3, 601))
+    losses = [nll(sharpness * logits[:2000] / t, labels[:2000]) for t in grid]
+    assert fit_temperature(sharpness * logits[:2000], labels[:2000]) == pytest.approx(
+        grid[int(np.argmin(losses))], rel=0.011
+    )
+
+
+def test_a_models_metrics_and_what_its_temperature_changes():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    logits, labels = sample()
+    found = classifier_metrics(3 * logits, labels, 3.0)
+    predicted = logits.argmax(axis=1)
+    assert found["accuracy"] == pytest.approx(sklearn.accuracy_score(labels, predicted))
+    assert found["macro_f1"] == pytest.approx(sklearn.f1_score(labels, predicted, average="macro"))
+    assert found["nll"] == pytest.approx(nll(3 * logits, labels))
+    assert found["ece"] == pytest.approx(calibration_error(3 * logits, labels))
+    assert found["ece_scaled"] == pytest.approx(calibration_error(logits, labels), abs=1e-6)
+    assert found["temperature"] == 3.0
+
+
+def outcomes(rows: int = 600, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows three models have right: they tend to agree."""
+    generator = np.random.default_rng(seed)
+    ease = generator.random(rows)
+    right = [ease + generator.normal(0, 0.1, rows) < share for share in (0.9, 0.86, 0.8)]
+    return right[0], right[1], right[2]
+
+
+def test_comparison_is_of_shares_of_rows():
+    teacher = np.array([1, 1, 1, 1, 0, 0, 1, 1, 1, 1], bool)
+    student = np.array([1, 1, 1, 1, 1, 0, 1, 1, 0, 0], bool)
+    control = np.array([1, 1, 0, 1, 0, 0, 1, 1, 0, 1], bool)
+    found = compare(teacher, student, control, resamples=100, seed=0)
+    assert found.retention == pytest.approx(7 / 8)
+    assert found.gain_over_control == pytest.approx(0.1)
+    assert found.gap_closed == pytest.approx(0.1 / 0.2)
+
+
+def test_intervals_are_those_of_resampling_rows():
+    teacher, student, control = outcomes()
+    found = compare(teacher, student, control, resamples=20_000, seed=0)
+    generator = np.random.default_rng(1)
+    drawn = []
+    for _ in range(4000):
+        rows = generator.integers(0, len(teacher), len(teacher))
+        drawn.append((student[rows].mean() / teacher[rows].mean(), student[rows].mean() - control[rows].mean()))
+    expected = np.percentile(drawn, [2.5, 97.5], axis=0)
+    # An end of such an interval has a standard error of about 0.0006 at 4,000 resamples.
+    assert found.retention_ci95 == pytest.approx(expected[:, 0], abs=0.003)
+    assert found.gain_over_control_ci95 == pytest.approx(expected[:, 1], abs=0.003)
+    assert found.retention_ci95[0] < found.retention < found.retention_ci95[1]
+
+
+def test_intervals_are_paired():
+    # Two models that are right on the same rows differ by nothing in each resample.
+    right = outcomes()[0]
+    found = compare(right, right, right, resamples=500, seed=0)
+    assert found.retention_ci95 == (1.0, 1.0)
+    assert found.gain_over_control_ci95 == (0.0, 0.0)
+
+
+def test_intervals_are_those_of_the_seed():
+    first, again, other = (compare(*outcomes(), resamples=500, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first.retention_ci95 != other.retention_ci95
+
+
+def test_without_a_control_there_is_no_gain():
+    teacher, student, _ = outcomes()
+    found = compare(teacher, student, None, resamples=100, seed=0)
+    assert found.retention == pytest.approx(student.mean() / teacher.mean())
+    assert (found.gain_over_control, found.gain_over_control_ci95, found.gap_closed) == (None, None, None)
+
+
+def test_there_is_no_gap_to_close_under_a_teacher_that_is_not_better():
+    teacher, student, control = outcomes()
+    assert compare(control, student, teacher, resamples=100, seed=0).gap_closed is None
+    assert compare(control, student, control, resamples=100, seed=0).gap_closed is None
+    worse = compare(teacher, control & student, control, resamples=100, seed=0)
+    assert worse.gap_closed is not None
+    assert worse.gap_closed < 0
+
+
+def test_a_teacher_that_is_never_right_leaves_retention_undefined():
+    wrong = np.zeros(10, bool)
+    assert math.isnan(compare(wrong, ~wrong, None, resamples=100, seed=0).retention)
+
+
+EVIL = "<script>alert('x')</script>&\"><img src=x onerror=y>"
+
+
+def report(**changes: Any) -> dict[str, Any]:
+    """A report as evaluate writes it, with what a user chooses set to something evil."""
+    model = {
+        "accuracy": 0.9, "macro_f1": 0.89, "agreement": 0.95, "nll": 0.4, "ece": 0.03, "ece_scaled": 0.02,
+        "parameters": 12_000_000, "size_bytes": 48_000_000, "latency_ms_p50": 8.0, "latency_ms_p90": 9.0,
+        "rows_per_second": 1234.5,
+    }  # fmt: skip
+    small = {**model, "parameters": 1_200_000, "size_bytes": 4_800_000, "latency_ms_p50": 2.0}
+    made = {
+        "name": EVIL, "task": "classification", "created": "2030-01-01", "labels": [EVIL, "b"], "test_rows": 2000,
+        "teacher": model, "student": small, "control": small, "retention": 0.98, "retention_ci95": [0.97, 0.99],
+        "gain_over_control": 0.012, "gain_over_control_ci95": [0.004, 0.02], "gap_closed": 0.4,
+        "teacher_forwards_per_row": 1.0,
+        "measured": {"latency_requests": 256, "threads": 1, "device": EVIL, "dtype": "float32"},
+        "data_report": [EVIL], "fingerprints": {EVIL: EVIL}, "environment": {"python": EVIL},
+        "config": {"name": EVIL, "data": {"train": "https://example.com/train.csv"}},
+    }  # fmt: skip
+    return made | changes
+
+
+def test_page_escapes_what_a_user_chose():
+    page = render(report())
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;") >= 6
+
+
+def test_page_loads_nothing():
+    page = render(report())
+    tags = re.findall(r"<(\w+)([^>]*)>", page)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "a"} & {name for name, _ in tags}
+    assert not any(re.search(r"\b(src|href|on\w+|style)\s*=", rest) for _, rest in tags)
+    assert not re.search(r"@import|url\(", page)
+
+
+def test_table_has_a_column_for_each_model():
+    header, rows = table(report())
+    assert header == ["", "teacher", "student", "control"]
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["accuracy"] == ["90.00%"] * 3
+    assert cells["parameters"][0].startswith("12,000,000")
+    assert cells["weights, MB"] == ["48.0", "4.8", "4.8"]
+    header, rows = table({name: value for name, value in report().items() if name != "control"})
+    assert header == ["", "teacher", "student"]
+    assert all(len(row) == 3 for row in rows)
+
+
+def test_verdict_says_what_is_shown_and_what_is_not():
+    lines = " ".join(verdict(report()))
+    assert "keeps 98.0% of the teacher's accuracy (95 % interval 97.0% to 99.0%, 2,000 test rows)" in lines
+    assert "10.0 times fewer parameters and answers a single request 4.0 times as fast" in lines
+    assert "+1.20 points" in lines
+    assert "+0.40 to +2.00: more than chance" in lines
+    assert "closes 40% of the gap" in lines
+    unsure = verdict(report(gain_over_control_ci95=[-0.001, 0.02], gap_closed=None))
+    assert "not shown to be more than chance" in " ".join(unsure)
+    assert not any("gap" in line for line in unsure)
+    assert len(verdict(report(control=None, gain_over_control=None, gap_closed=None))) == 2
