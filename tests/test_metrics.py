@@ -175,7 +175,7 @@ def test_there_is_no_gap_to_close_under_a_teacher_that_is_not_better():
 
 def test_a_teacher_that_is_never_right_leaves_retention_undefined():
     wrong = np.zeros(10, bool)
-    assert math.isnan(compare(wrong, ~wrong, None, resamples=100, seed=0).retention)
+    assert compare(wrong, ~wrong, None, resamples=100, seed=0).retention is None
 
 
 EVIL = "<script>alert('x')</script>&\"><img src=x onerror=y>"
@@ -221,7 +221,7 @@ def test_table_has_a_column_for_each_model():
     assert header == ["", "teacher", "student", "control"]
     cells = {row[0]: row[1:] for row in rows}
     assert cells["accuracy"] == ["90.00%"] * 3
-    assert cells["parameters"][0].startswith("12,000,000")
+    assert cells["parameters"][0] == "12,000,000"
     assert cells["weights, MB"] == ["48.0", "4.8", "4.8"]
     header, rows = table({name: value for name, value in report().items() if name != "control"})
     assert header == ["", "teacher", "student"]

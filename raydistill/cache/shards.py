@@ -32,10 +32,7 @@ def write_logits(
     if not np.isfinite(logits_NK).all():
         raise ValueError(f"row {row_ids_N[~np.isfinite(logits_NK).all(axis=1)][0]} has a logit that is not finite")
     kept = CODECS[codec]
-    schema = pa.schema(
-        [pa.field("row_id", pa.int64(), nullable=False), *kept.columns(logits_NK.shape[1])],
-        metadata={"raydistill.codec": codec, "raydistill.classes": str(logits_NK.shape[1])},
-    )
+    schema = pa.schema([pa.field("row_id", pa.int64(), nullable=False), *kept.columns(logits_NK.shape[1])])
     table = pa.Table.from_arrays([pa.array(row_ids_N), *kept.encode(logits_NK)], schema=schema)
     staged = store.staging(name)
     with naming(staged):

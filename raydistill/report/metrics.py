@@ -73,7 +73,7 @@ def classifier_metrics(logits_NK: Floats, labels_N: Labels, temperature: float) 
 class Comparison:
     """A student beside its teacher and its control; intervals are 95 %, paired over test rows."""
 
-    retention: float
+    retention: float | None  # None for a teacher that is never right
     retention_ci95: tuple[float, float]
     gain_over_control: float | None
     gain_over_control_ci95: tuple[float, float] | None
@@ -103,7 +103,7 @@ def compare(
     gain = drawn[:, 1] - drawn[:, 2]
     has_control = control_N is not None
     return Comparison(
-        retention=float(student / teacher) if teacher else float("nan"),
+        retention=float(student / teacher) if teacher else None,
         retention_ci95=_interval(retained),
         gain_over_control=float(student - control) if has_control else None,
         gain_over_control_ci95=_interval(gain) if has_control else None,

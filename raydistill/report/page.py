@@ -30,7 +30,7 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for title, key, form in lines:
-        values = [report[name][key] / (1e6 if key == "size_bytes" else 1) for name in models]
+        values = [report[name][key] / 1e6 if key == "size_bytes" else report[name][key] for name in models]
         rows.append([title, *(form.format(value) for value in values)])
     return header, rows
 
@@ -38,6 +38,8 @@ def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def verdict(report: dict[str, Any]) -> list[str]:
     """What the figures say, a sentence each."""
     teacher, student = report["teacher"], report["student"]
+    if report["retention"] is None:
+        return ["The teacher is right on no test row, so there is nothing that a student could keep."]
     low, high = report["retention_ci95"]
     smaller = teacher["parameters"] / student["parameters"]
     faster = teacher["latency_ms_p50"] / student["latency_ms_p50"]

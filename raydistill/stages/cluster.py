@@ -79,7 +79,8 @@ def _paths() -> dict[str, str]:
 
 def worker_environment(resources: Resources) -> dict[str, str]:
     """Environment of training workers."""
-    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    # torch 2.13 says of every collective of ZeRO-3 that it will change its name.
+    environment = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2", "PYTHONWARNINGS": "ignore::FutureWarning"}
     if not resources.gpus:
         environment["DS_ACCELERATOR"] = "cpu"
     return environment

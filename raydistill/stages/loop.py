@@ -97,7 +97,7 @@ class _Worker:
         checkpoint = self._agree_on_checkpoint()
         self.state = checkpoint.state if checkpoint else State()
         if checkpoint:
-            self.model.load_state_dict(checkpoint.weights(), strict=False)
+            self.model.load_state_dict(checkpoint.weights())
         self.model.train()
         self.engine = Engine(self.model, job.settings, precision=job.precision, device=self.device)
         if checkpoint:

@@ -23,6 +23,7 @@ class Progress:
         self.say = say
         self._every_seconds = every_seconds
         self._last: dict[str, float] = {}
+        self._first: dict[str, tuple[float, int]] = {}
         self._stop = threading.Event()
         self.signal = 0
 
@@ -33,7 +34,9 @@ class Progress:
         if not finished and now - self._last.get(what, started) < self._every_seconds:
             return
         self._last[what] = now
-        rate = done / max(now - started, 1e-9)
+        # After the first line the rate is counted from there: what came before it is mostly start-up.
+        since, first = self._first.setdefault(what, (now, done))
+        rate = (done - first) / (now - since) if done > first else done / max(now - started, 1e-9)
         text = f"{what}: {done:,}" + (f" of {total:,}" if total is not None else "") + f" {unit}, {rate:,.0f} {unit}/s"
         if total is not None and not finished and rate > 0:
             text += f", {duration((total - done) / rate)} left"

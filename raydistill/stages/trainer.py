@@ -120,7 +120,7 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
         assert isinstance(settings, Train)
         objective = Objective(temperature=settings.loss.temperature, alpha=settings.loss.alpha)
     # A control has no teacher, in its choice of checkpoint neither.
-    metric = "accuracy" if role == "control" and settings.metric in TeacherMetrics else settings.metric
+    metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
     return TrainingJob(
         role=role, config=config, settings=settings, objective=objective, metric=metric,
         precision=plan.inputs["precision"], labels=tuple(run.require("data").facts["labels"]),
