@@ -231,7 +231,8 @@ def test_a_folder_is_there_when_its_manifest_is_which_comes_last(store, monkeypa
     manifest = commit_folder(store, staged_folder(store, "student", b"second"), "student", "f")
     assert damage(store, "student", manifest) == []
     # What the first attempt put is not mixed with the second's files.
-    assert sorted(f"student/{e.file}" for e in manifest.files) == [n for n in store.list("student") if MANIFEST not in n]
+    stored = [name for name in store.list("student") if MANIFEST not in name]
+    assert sorted(f"student/{entry.file}" for entry in manifest.files) == stored
     assert len(store.list("student.bad-1")) == fault - 1
 
 
@@ -464,7 +465,8 @@ def test_storage_that_cannot_be_reached_is_one_line(s3, place, monkeypatch):
         place = s3
         with pytest.raises(UserError, match=rf"^RUN: {place}: cannot be reached \("):
             find_run(place)
-    with pytest.raises(UserError, match=rf"^storage: {place}: cannot be reached \(") as caught, run_lock(open_store(place)):
+    refused = pytest.raises(UserError, match=rf"^storage: {place}: cannot be reached \(")
+    with refused as caught, run_lock(open_store(place)):
         pass
     assert "\n" not in str(caught.value)
 
@@ -500,7 +502,8 @@ def test_prepare_writes_to_object_storage_what_it_writes_to_disk(url, tmp_path):
     assert manifest == same
     assert contents(run.store) == {name: local.store.read(name) for name in local.store.list()}
     assert damage(run.store, "data", manifest) == []
-    row_ids = [int(i) for split in ("train", "validation", "test") for s in read_split(run.store, manifest.shards(split)) for i in s.row_ids_N]
+    splits = (read_split(run.store, manifest.shards(split)) for split in ("train", "validation", "test"))
+    row_ids = [int(row_id) for split in splits for shard in split for row_id in shard.row_ids_N]
     assert row_ids == list(range(72))
 
 

@@ -41,9 +41,11 @@ from raydistill.stages.progress import Progress
 
 # What a run imports on its way, so that no child has to.
 LATE_IMPORTS = (
-    "deepspeed.module_inject.auto_ep_layer", "fsspec.implementations.local", "pyarrow.pandas_compat", "torch._dynamo",
-    "torch.utils.tensorboard", "transformers.models.auto.modeling_auto", "transformers.models.bert.modeling_bert",
+    "deepspeed.module_inject.auto_ep_layer", "encodings.utf_8_sig", "fsspec.implementations.local", "pandas",
+    "torch._dynamo", "torch.utils.tensorboard", "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto", "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
+    "transformers.models.encoder_decoder.configuration_encoder_decoder",
 )  # fmt: skip
 TRAIN_ROWS, TEST_ROWS, SHARD_ROWS = 60, 20, 16
 
@@ -130,9 +132,7 @@ def score_again(request: dict[str, Any], record: Record) -> None:
     run = open_run(settings.storage, settings.name)
     plan, data = run.plan("cache"), run.require("data")
     assert plan is not None
-    job = teach.teacher_job(
-        settings, run, data, folder="teacher/cache", fingerprint=plan.fingerprint, dtype="float32"
-    )
+    job = teach.teacher_job(settings, run, data, folder="teacher/cache", fingerprint=plan.fingerprint, dtype="float32")
     scoring.Scorer(job, threads=1).score_shard(data.shards("train")[0])
 
 
