@@ -254,6 +254,22 @@ def test_a_whole_run_killed_at_any_operation_goes_on(runs):
 
 
 # R2
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(50))
+def test_a_whole_run_killed_twice_goes_on(runs, seed):
+    draw, folder = random.Random(seed), runs.folder / "twice" / str(seed)
+    folder.parent.mkdir(exist_ok=True)
+    last = sum(len(operations) for operations in runs.operations.values()) - 2 * 5
+    first = draw.randint(1, last - 1)
+    assert runs.run(folder, *STAGES, fault=f"{first}:kill")["exit"] == -9
+    runs.run(folder, *STAGES, fault=f"{draw.randint(1, last - first)}:kill")
+    check_what_readers_see(runs, folder)
+    runs.go_on(folder, *STAGES)
+    assert row_ids(folder) == runs.run_ids
+    shutil.rmtree(folder)
+
+
+# R2
 @pytest.mark.parametrize("seed", range(10))
 def test_a_run_killed_twice_goes_on(runs, seed):
     draw = random.Random(seed)
