@@ -369,6 +369,9 @@ def save_classifier(
     """Writes a model in Hugging Face form: config, safetensors, and a tokenizer that can cut at max_length."""
     quiet_transformers()
     tokenizer.model_max_length = max_length
+    if tokenizer.is_fast:  # what this process did with it before must not show in the file
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
     tokenizer.save_pretrained(str(folder))
 

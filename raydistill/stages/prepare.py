@@ -55,9 +55,7 @@ def prepare(config: Config, run: Run, surveyed: Surveyed | None, progress: Progr
     entries, report = _write(config, run, surveyed, plan.fingerprint, progress)
     for split, source in surveyed.sources.items():
         if find_source(source.setting, _location(config, split)).sha256 != source.sha256:
-            raise UserError(
-                f"{source.setting}: {source.files[0]}: changed while it was read. Run the same command again"
-            )
+            raise UserError(f"{source.setting}: {source.files[0]}: changed while it was read. Use --redo prepare")
     facts = {
         "labels": surveyed.labels,
         "rows": {split: surveyed.rows(split) for split in ("train", "validation", "test")},
@@ -175,7 +173,9 @@ def _write(
                 continue
             split = "validation" if source_split == "train" and draw and draw.takes(row.label) else source_split
             if row.label not in number:
-                raise UserError(f"{source.setting}: {source.files[row.file]}: changed while it was read. Run again")
+                raise UserError(
+                    f"{source.setting}: {source.files[row.file]}: changed while it was read. Use --redo prepare"
+                )
             writers[split].add(row, number[row.label])
             index.add(row.text, split, number[row.label])
             done += 1
