@@ -26,7 +26,7 @@ from raydistill.losses.objective import Objective
 from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
 from raydistill.models import ModelSource, build_student, count_parameters, save_classifier, start_classifier
 from raydistill.record.commit import commit_folder, read_manifest
-from raydistill.record.store import open_store
+from raydistill.record.store import naming, open_store
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import Curves
 
@@ -246,7 +246,9 @@ class _Worker:
         best = self.checkpoints.load(self.state.best_step)
         staged = self.store.staging(self.job.product)
         staged.mkdir(parents=True)
-        save_classifier(self.model, self.tokenizer, best.weights(), staged, max_length=self.job.config.data.max_length)
+        length = self.job.config.data.max_length
+        with naming(staged):
+            save_classifier(self.model, self.tokenizer, best.weights(), staged, max_length=length)
         facts = {
             "metric": self.job.metric,
             "best_value": self.state.best_value,
