@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 SETTINGS = {
-    "data": {"label": "category", "max_length": 64, "validation": 0.05, "shard_rows": 1024},
+    "data": {"label": "category", "max_length": 64, "validation": 0.02, "shard_rows": 1024},
     "teacher": {"fine_tune": {"epochs": 4, "learning_rate": 2.0e-4, "metric": "nll"}, "codec": "dense-int8"},
     "student": {"init": "config", "hidden_size": 128, "num_layers": 2},
     "train": {"epochs": 20, "learning_rate": 1.0e-3, "metric": "kl", "loss": {"temperature": 4.0, "alpha": 0.9}},
@@ -74,6 +74,7 @@ def quality(data: Path, teacher: Path, out: Path, only: str | None, cpus: int | 
     if only != "ours":
         loop = [sys.executable, str(Path(__file__).with_name("plain_loop.py"))]
         files = ["--train", str(data / "train.csv"), "--test", str(data / "test.csv")]
+        files += ["--threads", str(cpus)] if cpus else []
         folder = out / "plain"
         tuned = ["--model", str(folder / "teacher")]
         subprocess.run(
@@ -91,7 +92,7 @@ def main() -> None:
     compared.add_argument("--teacher", type=Path, required=True)
     compared.add_argument("--out", type=Path, required=True)
     compared.add_argument("--only", choices=["ours", "plain"])
-    compared.add_argument("--cpus", type=int, help="of the pipeline's cluster; all of them when left out")
+    compared.add_argument("--cpus", type=int, help="of each side; all of them when left out")
     timed = commands.add_parser("speed")
     timed.add_argument("--out", type=Path, required=True)
     timed.add_argument("--threads", type=int, default=2)
