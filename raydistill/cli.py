@@ -6,6 +6,7 @@ bug, with its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
@@ -20,7 +21,7 @@ from rich.table import Table
 from raydistill.config import Config
 from raydistill.config_file import load_config
 from raydistill.errors import Interrupted, UserError, storage_problem
-from raydistill.record.run import STAGES, find_run, leftovers, verify
+from raydistill.record.run import STAGES, clear, find_run, leftovers, verify
 from raydistill.stages.progress import Progress, size
 
 app = typer.Typer(
@@ -116,7 +117,11 @@ def verify_run(
     repair: Annotated[bool, typer.Option(help="set aside what is damaged, to be made again")] = False,
 ) -> None:
     """Re-read every committed file and compare it with its sha256."""
-    checked, findings = verify(find_run(run_folder), repair=repair)
+    from raydistill.record.lock import run_lock
+
+    found = find_run(run_folder)
+    with run_lock(found.store) if repair else contextlib.nullcontext():
+        checked, findings = verify(found, repair=repair)
     for finding in findings:
         out.print(f"{finding.file}: {finding.problem}")
     if not findings:
@@ -139,8 +144,10 @@ def gc(run_folder: RunFolder, dry_run: Annotated[bool, typer.Option(help="only l
     with run_lock(found.store):
         names = leftovers(found)
         total = sum(found.store.size(name) for name in names)
-        for name in names:
-            out.print(name) if dry_run else found.store.remove(name)
+        if dry_run:
+            out.print("\n".join(names))
+        else:
+            clear(found, names)
     out.print(f"{'would remove' if dry_run else 'removed'} {len(names)} files, {size(total)}")
 
 

@@ -1,9 +1,15 @@
 """The ways a run ends early that are not bugs: the user can mend it, or a signal asked for it."""
 
 import errno
+import os
+import shutil
 import signal
 
-MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MENDABLE = (
+    *FULL, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG, errno.ENAMETOOLONG,
+    errno.ENOLCK, errno.ETIMEDOUT, errno.ENOTDIR, errno.EISDIR,
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -14,11 +20,19 @@ def storage_problem(error: OSError) -> UserError | None:
     """A full disk, a missing right or a failing device as one line for the user; None for what only a bug explains."""
     if error.errno not in MENDABLE:
         return None
-    remedy = (
-        "Free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend the storage, or its permissions"
-    )
+    remedy = "Mend the storage, or its permissions"
+    if error.errno in FULL:
+        remedy = f"Free some space{_free_space(error.filename)}"
     what = f"{error.filename}: " if error.filename else ""
     return UserError(f"{what}{error.strerror}. {remedy}, then run the same command again: what is committed stays")
+
+
+def _free_space(path: str | None) -> str:
+    """How much a local path's disk has left, in words; a quota or a remote store does not say."""
+    folder = os.path.dirname(path or "")
+    while folder and not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are left there)" if os.path.isabs(folder) else ""
 
 
 class Interrupted(Exception):

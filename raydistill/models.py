@@ -374,6 +374,9 @@ def save_classifier(
         tokenizer.backend_tokenizer.no_padding()
     model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
     tokenizer.save_pretrained(str(folder))
+    mode = (folder / "config.json").stat().st_mode
+    for path in folder.glob("*.safetensors"):  # which safetensors makes for the owner alone
+        path.chmod(mode)
 
 
 def count_parameters(model: Any) -> int:

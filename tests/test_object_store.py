@@ -25,7 +25,7 @@ from moto.server import ThreadedMotoServer
 from raydistill.cache.shards import read_logits, write_logits
 from raydistill.config_file import validate
 from raydistill.data.shards import read_split
-from raydistill.errors import UserError
+from raydistill.errors import UserError, storage_problem
 from raydistill.record import lock
 from raydistill.record.commit import (
     MANIFEST,
@@ -548,3 +548,26 @@ def test_sources_are_read_from_object_storage(s3, tmp_path):
     manifest = prepare(settings, run, survey_sources(settings, Progress()), Progress())
     assert [entry.sha256 for entry in manifest.files] == [e.sha256 for e in local.require("data").files]
     assert manifest.fingerprint == local.require("data").fingerprint
+
+
+class ClientError(Exception):
+    """Like what a store's client raises: no OSError, no number."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "number"),
+    [(ClientError("Could not connect\nto the endpoint"), errno.EIO), (PermissionError("Forbidden"), errno.EACCES)],
+)
+def test_what_a_client_raises_is_told_in_one_line_with_its_place(store, monkeypatch, raised, number):
+    # It ended in a traceback once the lock was taken, before.
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(store._files, "cat_file", fail)
+    with pytest.raises(OSError, match=str(raised)[:8]) as error:
+        store.read("data/plan.json")
+    assert error.value.errno == number
+    problem = str(storage_problem(error.value))
+    assert problem.startswith(f"{store.root}: ")
+    assert str(raised).splitlines()[0] in problem
+    assert "\n" not in problem

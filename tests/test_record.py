@@ -1,5 +1,6 @@
 """The record of a run on local disk: fingerprints, commits, manifests, the lock, redo, verify and gc."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -24,7 +25,7 @@ from raydistill import cli
 from raydistill.cache.shards import read_logits, write_logits
 from raydistill.data.shards import ShardWriter, read_shard, read_split
 from raydistill.data.sources import Row
-from raydistill.errors import UserError
+from raydistill.errors import UserError, storage_problem
 from raydistill.record.commit import (
     MANIFEST,
     Entry,
@@ -33,10 +34,10 @@ from raydistill.record.commit import (
     commit_shard,
     committed_shard,
     damage,
+    open_verified,
     read_manifest,
     set_aside,
     sidecar_name,
-    verified,
 )
 from raydistill.record.fingerprint import SCHEMA, Plan, canonical, digest, first_difference, seal, unseal
 from raydistill.record.lock import LOCK, run_lock
@@ -326,11 +327,12 @@ def test_a_manifest_lists_splits_in_order(store):
     assert read_manifest(store, "teacher/cache") is None
 
 
-def test_damage_and_verified_name_the_file_and_what_is_wrong(store):
+def test_damage_and_reading_name_the_file_and_what_is_wrong(store):
     entries = [a_shard(store, f"data/train-0000{n}.parquet", rows=5 + n) for n in range(3)]
     manifest = commit_manifest(store, "data", "f", entries)
     assert damage(store, "data", manifest) == []
-    assert verified(store, "data", entries[0]) == "data/train-00000.parquet"
+    with open_verified(store, "data", entries[0]) as source:
+        assert source.read() == store.read("data/train-00000.parquet")
     paths = [Path(store.where(f"data/train-0000{n}.parquet")) for n in range(3)]
     flip(paths[0], 1000)
     actual = hashlib.sha256(paths[0].read_bytes()).hexdigest()
@@ -342,13 +344,13 @@ def test_damage_and_verified_name_the_file_and_what_is_wrong(store):
         ("data/train-00002.parquet", "is missing"),
     ]
     with pytest.raises(UserError) as caught:
-        verified(store, "data", entries[0])
+        open_verified(store, "data", entries[0])
     message = str(caught.value)
     assert message.startswith(f"{paths[0]}: has sha256 {actual[:32]}, expected {entries[0].sha256[:32]}.")
     assert "raydistill verify with --repair" in message
     assert "\n" not in message
     with pytest.raises(UserError, match=r"train-00002.parquet.*the file is missing"):
-        verified(store, "data", entries[2])
+        open_verified(store, "data", entries[2])
 
 
 def test_readers_of_shards_refuse_a_damaged_file(run):
@@ -764,6 +766,7 @@ def test_gc_removes_temporary_files_and_what_was_set_aside_and_nothing_else(run,
             cli.main(["gc", str(root), *option])
         assert not ended.value.code
         assert set(files(root)) - {LOCK} == expected
+    assert any(root.rglob("*.tmp")) == (expected != set(kept))  # nor does a temporary folder stay behind, emptied
     assert {name: content for name, content in files(root).items() if name != LOCK} == kept
     assert f"removed {len(litter)} files" in capsys.readouterr().out
     assert verify(run)[1] == []
@@ -775,3 +778,19 @@ def test_every_part_is_known_when_it_was_set_aside(store):
             store.write(f"{folder}/file", b"")
             set_aside(store, folder, ".")
     assert leftovers(Run(store)) == store.list()
+
+
+def test_repair_waits_for_no_one_who_works_in_the_run(run, capsys):
+    # It moved files from under a run that was writing them, before.
+    with run_lock(run.store), pytest.raises(SystemExit) as ended:
+        cli.main(["verify", run.store.root, "--repair"])
+    assert ended.value.code == 2
+    assert "is in use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, "MB are left there"), (errno.EROFS, "permissions")])
+def test_a_storage_problem_is_told_with_its_remedy(tmp_path, number, told):
+    problem = storage_problem(OSError(number, os.strerror(number), str(tmp_path / "not" / "there" / "file")))
+    assert told in str(problem)
+    assert str(tmp_path) in str(problem)
+    assert storage_problem(OSError(errno.EBADF, "a bug")) is None

@@ -521,10 +521,10 @@ ROWS = st.lists(
 def test_repeated_texts_are_counted(buffer_rows: int, rows: list[tuple[str, str, int]]):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(duplicates, "BUFFER_ROWS", buffer_rows)
-        index = TextIndex()
-        for text, split, label in rows:
-            index.add(text, split, label)
-        assert index.report() == naive_report(rows)
+        with TextIndex() as index:
+            for text, split, label in rows:
+                index.add(text, split, label)
+            assert index.report() == naive_report(rows)
 
 
 def test_many_texts_are_counted_on_disk_and_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -532,11 +532,11 @@ def test_many_texts_are_counted_on_disk_and_leave_nothing_behind(monkeypatch: py
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     draw = random.Random(0)
     rows = [(f"text {draw.randrange(4000)}", draw.choice(SPLITS), draw.randrange(2)) for _ in range(10_000)]
-    index = TextIndex()
-    for text, split, label in rows:
-        index.add(text, split, label)
-    assert len(list(tmp_path.glob("*/*"))) == duplicates.BUCKETS
-    found = index.report()
+    with TextIndex() as index:
+        for text, split, label in rows:
+            index.add(text, split, label)
+        assert len(list(tmp_path.glob("*/*"))) == duplicates.BUCKETS
+        found = index.report()
     assert found == naive_report(rows)
     assert min(found.values()) > 0
     assert not list(tmp_path.iterdir())

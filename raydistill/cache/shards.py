@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydistill.cache.codecs import CODECS, Float32
-from raydistill.record.commit import Entry, Manifest, commit_shard, verified
+from raydistill.record.commit import Entry, Manifest, commit_shard, open_verified
 from raydistill.record.store import Store, naming
 
 
@@ -52,7 +52,7 @@ def write_logits(
 
 def read_logits(store: Store, folder: str, entry: Entry, manifest: Manifest) -> LogitShard:
     """The rows of a committed shard. Raises UserError when the file is not what the manifest says."""
-    with store.input(verified(store, folder, entry)) as source:
+    with open_verified(store, folder, entry) as source:
         table = pq.ParquetFile(source).read(use_threads=False)
         columns = {name: table.column(name).combine_chunks() for name in table.column_names}
         arrays = {name: c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for name, c in columns.items()}

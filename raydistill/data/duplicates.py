@@ -20,12 +20,18 @@ ROW = np.dtype([("text", "<u8"), ("split", "u1"), ("label", "<i4")])
 
 
 class TextIndex:
-    """Takes every row once, then tells what stands twice."""
+    """Takes every row once, then tells what stands twice. A context manager: its files end with it."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="raydistill-texts-")
         self._buffer = np.empty(BUFFER_ROWS, ROW)
         self._used = 0
+
+    def __enter__(self) -> TextIndex:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
 
     def add(self, text: str, split: str, label: int) -> None:
         hashed = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest()
@@ -43,7 +49,7 @@ class TextIndex:
         self._used = 0
 
     def report(self) -> dict[str, int]:
-        """Counts of repeated rows; the index is closed by it."""
+        """Counts of repeated rows."""
         self._spill()
         counts = {
             "train_rows_repeating_another": 0,
@@ -53,7 +59,6 @@ class TextIndex:
         }
         for path in sorted(Path(self._folder.name).iterdir()):
             _count_bucket(np.fromfile(path, ROW), counts)
-        self._folder.cleanup()
         return counts
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydistill.data.sources import Row
-from raydistill.record.commit import Entry, commit_shard, committed_shard, shard_name, verified
+from raydistill.record.commit import Entry, commit_shard, committed_shard, open_verified, shard_name
 from raydistill.record.store import Store, naming
 
 SCHEMA = pa.schema(
@@ -81,7 +81,7 @@ class DataShard:
 
 def read_shard(store: Store, entry: Entry) -> DataShard:
     """A committed data shard. Raises UserError when the file is not what the manifest says."""
-    with store.input(verified(store, "data", entry)) as source:
+    with open_verified(store, "data", entry) as source:
         table = pq.ParquetFile(source).read(columns=["row_id", "text", "label"], use_threads=False)
         row_ids, labels = (np.array(table.column(name).to_numpy()) for name in ("row_id", "label"))
         return DataShard(entry.file, row_ids, table.column("text").to_pylist(), labels)

@@ -7,10 +7,12 @@ what verifies and makes the rest again; nothing is deleted.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydistill.errors import UserError
@@ -148,13 +150,16 @@ def damage(store: Store, folder: str, manifest: Manifest) -> list[tuple[str, str
     return found
 
 
-def verified(store: Store, folder: str, entry: Entry) -> str:
-    """The name of a listed file whose sha256 was just checked. Raises UserError naming the file when it differs."""
-    name = f"{folder}/{entry.file}"
-    actual = store.sha256(name) if store.exists(name) else "none: the file is missing"
-    if actual != entry.sha256:
+def open_verified(store: Store, folder: str, entry: Entry) -> pa.NativeFile:
+    """A listed file after its sha256 was checked, read from the store once. Raises UserError when it differs."""
+    name, source, actual = f"{folder}/{entry.file}", None, "none: the file is missing or empty"
+    if store.exists(name) and store.size(name):  # an empty file cannot be mapped
+        source = store.input(name)
+        actual = hashlib.sha256(source.read_buffer()).hexdigest()
+    if source is None or actual != entry.sha256:
         raise UserError(
             f"{store.where(name)}: has sha256 {actual[:32]}, expected {entry.sha256[:32]}."
             " Run raydistill verify with --repair, then the same command again"
         )
-    return name
+    source.seek(0)
+    return source

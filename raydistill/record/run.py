@@ -199,12 +199,24 @@ def is_aside(name: str) -> bool:
 
 def leftovers(run: Run) -> list[str]:
     """What no manifest names and no unfinished stage needs: temporary files, and what was set aside."""
-    found = []
-    for name in run.store.list():
-        parts = name.split("/")
-        if is_aside(name) or any(p.startswith(".") and p.endswith(".tmp") for p in parts) or ".ray" in parts:
-            found.append(name)
-    return found
+    return [name for name in run.store.list() if _is_left_over(name)]
+
+
+def clear(run: Run, names: list[str]) -> None:
+    """Removes leftovers, each with the outermost folder that is one itself, so that no empty folder stays."""
+    for outermost in dict.fromkeys(next(p for p in _leading(name) if _is_left_over(p)) for name in names):
+        run.store.remove(outermost)
+
+
+def _leading(name: str) -> list[str]:
+    """The folders that lead to a file, outermost first, and the file."""
+    parts = name.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _is_left_over(name: str) -> bool:
+    parts = name.split("/")
+    return is_aside(name) or any(p.startswith(".") and p.endswith(".tmp") for p in parts) or ".ray" in parts
 
 
 def _short(value: Any) -> str:

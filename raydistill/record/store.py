@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import re
@@ -16,9 +17,9 @@ import shutil
 import signal
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import fsspec
 import pyarrow as pa
@@ -27,6 +28,7 @@ from safetensors import SafetensorError
 from raydistill.errors import UserError
 
 FAULT_VARIABLE = "RAYDISTILL_FAULT"
+Method = TypeVar("Method", bound=Callable[..., Any])
 operations = 0
 
 
@@ -213,6 +215,26 @@ class LocalStore:
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
+def reaching(method: Method) -> Method:
+    """Gives what a store's client raises, each client its own kinds, a number and a place, so that it is told well."""
+
+    @functools.wraps(method)
+    def call(store: Store, *arguments: Any, **named: Any) -> Any:
+        try:
+            return method(store, *arguments, **named)
+        except (UserError, FileNotFoundError, FileExistsError):
+            raise
+        except Exception as error:
+            numbered = isinstance(error, OSError) and error.errno is not None
+            if numbered or (type(error).__module__ == "builtins" and not isinstance(error, OSError)):
+                raise
+            number = errno.EACCES if isinstance(error, PermissionError) else errno.EIO
+            first = (str(error).strip().splitlines() or [""])[0][:160] or type(error).__name__
+            raise OSError(number, first, store.root) from error
+
+    return cast(Method, call)
+
+
 class ObjectStore:
     """A prefix of an object store, by fsspec. A PUT is whole or absent; a folder is committed by its last file."""
 
@@ -227,17 +249,21 @@ class ObjectStore:
         _check_within(self.root, name)
         return f"{self._base}/{name}" if name else self._base
 
+    @reaching
     def exists(self, name: str) -> bool:
         self._files.invalidate_cache()
         return self._files.exists(self._path(name))
 
+    @reaching
     def size(self, name: str) -> int:
         self._files.invalidate_cache()
         return int(self._files.info(self._path(name))["size"])
 
+    @reaching
     def read(self, name: str) -> bytes:
         return self._files.cat_file(self._path(name))
 
+    @reaching
     def list(self, folder: str = "") -> list[str]:
         self._files.invalidate_cache()
         top = self._path(folder)
@@ -255,10 +281,12 @@ class ObjectStore:
     def sha256(self, name: str) -> str:
         return hashlib.sha256(self.read(name)).hexdigest()
 
+    @reaching
     def write(self, name: str, data: bytes) -> None:
         step("put", self.where(name))
         self._files.pipe_file(self._path(name), data)
 
+    @reaching
     def create(self, name: str, data: bytes) -> bool:
         step("put-if-absent", self.where(name))
         try:
@@ -276,6 +304,7 @@ class ObjectStore:
     def staging(self, name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix="raydistill-")) / Path(name).name
 
+    @reaching
     def publish(self, staged: Path, name: str) -> None:
         # MANIFEST.json last: a folder without it is not there yet.
         files = sorted((p for p in staged.rglob("*") if p.is_file()), key=lambda p: (p.name == "MANIFEST.json", p))
@@ -285,11 +314,13 @@ class ObjectStore:
             self._files.put_file(str(path), self._path(target))
         shutil.rmtree(staged.parent)
 
+    @reaching
     def local(self, name: str) -> Path:
         target = Path(tempfile.mkdtemp(prefix="raydistill-")) / Path(name).name
         self._files.get(self._path(name), str(target), recursive=True)
         return target
 
+    @reaching
     def move(self, name: str, target: str) -> None:
         step("move", self.where(target))
         # By file: s3fs cannot copy a folder, because it tries to copy a file of the folder's name as well.
@@ -297,6 +328,7 @@ class ObjectStore:
         self._files.copy([self._path(n) for n in names], [self._path(target + n[len(name) :]) for n in names])
         self.remove(name)
 
+    @reaching
     def remove(self, name: str) -> None:
         # MANIFEST.json first: a folder without it is not there any more.
         for manifests_turn in (True, False):

@@ -166,24 +166,25 @@ def _write(
         if isinstance(share, str)
         else ValidationDraw(surveyed.found["train"].labels, share, config.data.split_seed)
     )
-    index, done, started = TextIndex(), 0, time.monotonic()
-    for source_split, source in surveyed.sources.items():
-        for row in read_rows(source, columns_of(config)):
-            if isinstance(row, Dropped):
-                continue
-            split = "validation" if source_split == "train" and draw and draw.takes(row.label) else source_split
-            if row.label not in number:
-                raise UserError(
-                    f"{source.setting}: {source.files[row.file]}: changed while it was read. Use --redo prepare"
-                )
-            writers[split].add(row, number[row.label])
-            index.add(row.text, split, number[row.label])
-            done += 1
-            if done % 4096 == 0:
-                progress.check()
-                progress.counts("prepare", done, first, "rows", started)
-    entries = [entry for writer in writers.values() for entry in writer.close()]
-    return entries, index.report()
+    done, started = 0, time.monotonic()
+    with TextIndex() as index:
+        for source_split, source in surveyed.sources.items():
+            for row in read_rows(source, columns_of(config)):
+                if isinstance(row, Dropped):
+                    continue
+                split = "validation" if source_split == "train" and draw and draw.takes(row.label) else source_split
+                if row.label not in number:
+                    raise UserError(
+                        f"{source.setting}: {source.files[row.file]}: changed while it was read. Use --redo prepare"
+                    )
+                writers[split].add(row, number[row.label])
+                index.add(row.text, split, number[row.label])
+                done += 1
+                if done % 4096 == 0:
+                    progress.check()
+                    progress.counts("prepare", done, first, "rows", started)
+        entries = [entry for writer in writers.values() for entry in writer.close()]
+        return entries, index.report()
 
 
 def data_report(facts: dict[str, Any]) -> list[str]:

@@ -65,7 +65,13 @@ class Scorer:
         self._forward = threading.Lock()
 
     def score_shard(self, entry: Entry) -> tuple[Entry, dict[str, float]]:
-        """Scores and commits one shard: its entry, and the seconds and tokens it took."""
+        """Scores and commits one shard: its entry, and the seconds and tokens it took.
+
+        A shard that a lost actor had committed before its record came back is kept.
+        """
+        name = f"{self._job.folder}/{entry.file}"
+        if (standing := committed_shard(self._output, name, self._job.fingerprint)) is not None:
+            return standing, {"seconds": 0.0, "tokens": 0.0, "at_max_length": 0}
         rows = read_shard(self._data, entry)
         tokens = tokenise(self._tokenizer, rows.texts, self._job.max_length)
         with self._forward:
@@ -74,7 +80,6 @@ class Scorer:
             seconds = time.perf_counter() - started
             self._check_frozen()
         self._check_finite(rows, logits)
-        name = f"{self._job.folder}/{entry.file}"
         try:
             made = write_logits(
                 self._output, name, rows.row_ids_N, logits, codec=self._job.codec, fingerprint=self._job.fingerprint

@@ -176,7 +176,10 @@ def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resour
 
 
 def _watch(job: TrainingJob, thread: threading.Thread, mailbox: Any, progress: Progress) -> None:
-    """Shows what the workers post until they end; after a signal asks them to stop and waits a while for it."""
+    """Shows what the workers post until they end; after a signal asks them to stop and waits a while for it.
+
+    Raises UserError for a problem that one worker met while the others wait for it.
+    """
     import ray
     from ray.exceptions import RayError
 
@@ -186,6 +189,9 @@ def _watch(job: TrainingJob, thread: threading.Thread, mailbox: Any, progress: P
         thread.join(POLL_SECONDS)
         with contextlib.suppress(RayError):
             for update in ray.get(mailbox.take.remote()):
+                if "problem" in update:
+                    thread.join(GRACE_SECONDS)
+                    raise UserError(update["problem"])
                 reader.show(update)
         if progress.stopping and asked is None:
             asked = time.monotonic()
@@ -252,11 +258,19 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
             return run_training(job, post=mailbox.post.remote, stopped=_stop_request(mailbox).is_set)
         return run_training(job, post=lambda update: None, stopped=lambda: False)
     except UserError as error:
-        return {"problem": str(error)}
+        return _given_up(error, mailbox)
     except OSError as error:
         if (problem := storage_problem(error)) is None:
             raise
-        return {"problem": str(problem)}
+        return _given_up(problem, mailbox)
+
+
+def _given_up(problem: UserError, mailbox: Any) -> dict[str, Any]:
+    """Tells the driver before this worker ends: others may wait for it in a collective and never return."""
+    import ray
+
+    ray.get(mailbox.post.remote({"problem": str(problem)}))
+    return {"problem": str(problem)}
 
 
 def _stop_request(mailbox: Any) -> threading.Event:
