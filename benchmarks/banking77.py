@@ -22,7 +22,7 @@ import yaml
 
 SETTINGS = {
     "data": {"label": "category", "max_length": 64, "validation": 0.02, "shard_rows": 1024},
-    "teacher": {"fine_tune": {"epochs": 4, "learning_rate": 2.0e-4, "metric": "nll"}, "codec": "dense-int8"},
+    "teacher": {"fine_tune": {"epochs": 4, "learning_rate": 2.0e-4, "choose": "last"}, "codec": "dense-int8"},
     "student": {"init": "config", "hidden_size": 128, "num_layers": 2},
     "train": {"epochs": 20, "learning_rate": 1.0e-3, "metric": "kl", "loss": {"temperature": 4.0, "alpha": 0.9}},
 }

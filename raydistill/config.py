@@ -109,7 +109,11 @@ class Training(Section):
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     precision: Precision = Field(default="auto", description="auto: bf16 where the device gains from it, else fp32")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of initial weights, dropout and the order of rows")
-    metric: Metric = Field(default="accuracy", description="of validation; chooses the best checkpoint")
+    metric: Metric = Field(default="accuracy", description="of validation; decides which checkpoint is the best")
+    choose: Literal["best", "last"] = Field(
+        default="best",
+        description="which checkpoint becomes the model; last where validation has too few rows to tell epochs apart",
+    )
     validate_every: int | None = Field(
         default=None, ge=1, description="steps between validations; absent: once an epoch"
     )

@@ -35,6 +35,11 @@ def _free_space(path: str | None) -> str:
     return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are left there)" if os.path.isabs(folder) else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of another package says, cut to what fits into one line; its kind when it says nothing."""
+    return (str(error).strip().splitlines() or [""])[0][:200] or type(error).__name__
+
+
 class Interrupted(Exception):
     """A signal asked the run to stop; what was committed stays and the same command goes on."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from raydistill.data.tokens import load_tokenizer
-from raydistill.errors import UserError
+from raydistill.errors import UserError, first_line
 from raydistill.record.fingerprint import digest
 from raydistill.record.store import open_store, sha256_file
 
@@ -77,9 +77,7 @@ def _from_hub(setting: str, model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub client raises many kinds, from bad names to network errors
-        raise UserError(
-            f"{setting}: {model}: is no folder here and the hub gives none ({_first_line(error)})"
-        ) from None
+        raise UserError(f"{setting}: {model}: is no folder here and the hub gives none ({first_line(error)})") from None
 
 
 def _check_folder(setting: str, folder: Path) -> None:
@@ -172,11 +170,7 @@ def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:
             str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
         )
     except Exception as error:  # transformers raises many kinds for a broken folder
-        raise UserError(f"{setting}: {folder}: does not load as a classifier ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{setting}: {folder}: does not load as a classifier ({first_line(error)})") from None
 
 
 def quiet_transformers() -> None:
@@ -215,7 +209,7 @@ def _some(names: list[str]) -> str:
 def positions(folder: Path) -> int | None:
     """The longest input that a model takes, where its configuration says so."""
     config = json.loads((folder / "config.json").read_text())
-    longest = config.get("max_position_embeddings")
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
     offset = _position_offset(config.get("model_type"), config.get("pad_token_id"))
     return None if longest is None or longest < 0 else longest - offset
 
@@ -294,7 +288,7 @@ def student_from_config(settings: Any, tokenizer: Any, labels: list[str], max_le
         return AutoModelForSequenceClassification.from_config(config)
     except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
         raise UserError(
-            f"student.model_type: {settings.model_type!r} cannot be built with these sizes ({_first_line(error)})."
+            f"student.model_type: {settings.model_type!r} cannot be built with these sizes ({first_line(error)})."
             " Choose another architecture or other sizes"
         ) from None
 

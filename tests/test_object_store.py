@@ -205,7 +205,7 @@ def test_a_move_that_is_cut_short_never_leaves_a_manifest_without_its_files(stor
 
 
 def test_a_published_folder_comes_back_and_nothing_stays_behind(store, scratch):
-    manifest = commit_folder(store, staged_folder(store, "student"), "student", "f", {"best_value": 0.5})
+    manifest = commit_folder(store, staged_folder(store, "student"), "student", "f", {"value": 0.5})
     assert list(scratch.iterdir()) == []
     assert store.list("student") == ["student/MANIFEST.json", "student/inner/config.json", "student/model.safetensors"]
     assert read_manifest(store, "student") == manifest

@@ -99,7 +99,7 @@ def make_student(run: Run, plan: Plan) -> None:
     staged.mkdir()
     (staged / "model.safetensors").write_bytes(bytes(range(256)))
     (staged / "config.json").write_text("{}")
-    commit_folder(run.store, staged, "student", plan.fingerprint, {"best_value": 0.5})
+    commit_folder(run.store, staged, "student", plan.fingerprint, {"value": 0.5})
 
 
 PLANS = {

@@ -21,7 +21,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydistill.errors import UserError
+from raydistill.data.hub import hub_identity, hub_rows
+from raydistill.errors import UserError, first_line
 
 Reason = Literal[
     "empty text", "null text", "text is not text", "over max_row_bytes", "null label", "label is not a name",
@@ -78,7 +79,7 @@ class Source:
 def find_source(setting: str, location: str) -> Source:
     """The files at a path, glob, URL or hub id, hashed. Raises UserError when there are none or they cannot be read."""
     if location.startswith("hf://"):
-        return Source(setting, (location,), (_hub_identity(setting, location),))
+        return Source(setting, (location,), (hub_identity(setting, location),))
     files = _expand(setting, location)
     return Source(setting, tuple(files), tuple(_sha256(setting, f) for f in files))
 
@@ -90,7 +91,7 @@ def _expand(setting: str, location: str) -> list[str]:
             found = sorted(files.glob(path)) if glob.has_magic(path) else [path] if files.exists(path) else []
             found = [str(files.unstrip_protocol(f)) for f in found]
         except Exception as error:  # every kind of store raises its own, for missing credentials among others
-            raise UserError(f"{setting}: {location}: cannot be listed ({_first_line(error)})") from None
+            raise UserError(f"{setting}: {location}: cannot be listed ({first_line(error)})") from None
     else:
         is_glob = glob.has_magic(location) and not os.path.exists(location)
         found = sorted(glob.glob(location, recursive=True)) if is_glob else [location]
@@ -134,7 +135,7 @@ def _sha256(setting: str, path: str) -> str:
                 digest.update(chunk)
             return digest.hexdigest()
     except Exception as error:  # every kind of store raises its own
-        raise UserError(f"{setting}: {path}: cannot be read ({_first_line(error)})") from None
+        raise UserError(f"{setting}: {path}: cannot be read ({first_line(error)})") from None
 
 
 def read_rows(source: Source, columns: Columns) -> Iterator[Row | Dropped]:
@@ -149,9 +150,7 @@ def read_rows(source: Source, columns: Columns) -> Iterator[Row | Dropped]:
         except UnicodeDecodeError as error:
             raise UserError(f"{source.setting}: {path}: is not UTF-8 ({error.reason}). Save it as UTF-8") from None
         except (OSError, pa.ArrowException) as error:
-            raise UserError(
-                f"{source.setting}: {path}: cannot be read ({_first_line(error)}). Check the file"
-            ) from None
+            raise UserError(f"{source.setting}: {path}: cannot be read ({first_line(error)}). Check the file") from None
 
 
 def _row(values: tuple[Any, Any] | None, file: int, number: int, max_row_bytes: int) -> Row | Dropped:
@@ -253,55 +252,11 @@ def _read_parquet(setting: str, path: str, columns: Columns) -> Iterator[tuple[A
             yield from zip(batch.column(columns.text).to_pylist(), batch.column(columns.label).to_pylist(), strict=True)
 
 
-def _hub(setting: str, location: str) -> Any:
-    """A hub data set as a stream: hf://owner/name[:configuration][@split] or hf:///a/local/folder."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"{setting}: {location}: needs the package datasets. Run pip install 'raydistill[hf]'"
-        ) from None
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it raises too
-    name, _, split = location.removeprefix("hf://").partition("@")
-    name, _, configuration = name.partition(":")
-    try:
-        return datasets.load_dataset(
-            name, configuration or None, split=split or _default_split(setting), streaming=True
-        )
-    except Exception as error:  # datasets raises many kinds, from network errors to its own
-        raise UserError(f"{setting}: {location}: cannot be loaded ({_first_line(error)})") from None
-
-
-def _streamed(setting: str, location: str, stream: Any) -> Iterator[dict[str, Any]]:
-    try:
-        yield from stream
-    except Exception as error:  # as above
-        raise UserError(f"{setting}: {location}: cannot be read ({_first_line(error)})") from None
-
-
-def _default_split(setting: str) -> str:
-    return setting.rpartition(".")[2]
-
-
-def _hub_identity(setting: str, location: str) -> str:
-    """The sha256 over the rows themselves: a hub data set has no one file to hash."""
-    digest = hashlib.sha256()
-    for row in _streamed(setting, location, _hub(setting, location)):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
-    return digest.hexdigest()
-
-
 def _read_hub(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
-    stream = _hub(setting, path)
-    features = stream.features or {}
-    names = getattr(features.get(columns.label), "names", None)
-    for index, row in enumerate(_streamed(setting, path, stream)):
+    for index, row in enumerate(hub_rows(setting, path)):
         if index == 0:
             _check_columns(setting, path, list(row), columns)
-        label = row[columns.label]
-        if names is not None and isinstance(label, int) and 0 <= label < len(names):
-            label = names[label]
-        yield row[columns.text], label
+        yield row[columns.text], row[columns.label]
 
 
 def _open(path: str) -> IO[bytes]:
@@ -323,8 +278,3 @@ def _lines(file: io.TextIOWrapper) -> Iterator[str]:
         while rest and not rest.endswith(("\n", "\r")):
             rest = file.readline(LINE_CHARACTERS)
         yield line
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:200]

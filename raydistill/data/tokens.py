@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from raydistill.errors import UserError
+from raydistill.errors import UserError, first_line
 
 CHUNK_ROWS = 1024
 
@@ -48,9 +48,8 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a missing or broken tokenizer
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
-            f"{setting}: {folder}: has no tokenizer that loads ({first}). Save it beside the weights"
+            f"{setting}: {folder}: has no tokenizer that loads ({first_line(error)}). Save it beside the weights"
         ) from None
     # Without vocabulary files transformers 5 makes a tokenizer that turns each word into [UNK], and says nothing. It
     # knows the special tokens and at most the sign for a space.

@@ -25,7 +25,7 @@ import fsspec
 import pyarrow as pa
 from safetensors import SafetensorError
 
-from raydistill.errors import UserError
+from raydistill.errors import UserError, first_line
 
 FAULT_VARIABLE = "RAYDISTILL_FAULT"
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -121,8 +121,9 @@ def open_store(url: str) -> Store:
 
 def unreachable(setting: str, where: str, error: Exception) -> UserError:
     """What a store's client raised, in one line."""
-    first = (str(error).strip().splitlines() or [""])[0][:160] or type(error).__name__
-    return UserError(f"{setting}: {where}: cannot be reached ({first}). Check its name and your credentials")
+    return UserError(
+        f"{setting}: {where}: cannot be reached ({first_line(error)}). Check its name and your credentials"
+    )
 
 
 def _check_within(root: str, name: str) -> None:
@@ -229,8 +230,7 @@ def reaching(method: Method) -> Method:
             if numbered or (type(error).__module__ == "builtins" and not isinstance(error, OSError)):
                 raise
             number = errno.EACCES if isinstance(error, PermissionError) else errno.EIO
-            first = (str(error).strip().splitlines() or [""])[0][:160] or type(error).__name__
-            raise OSError(number, first, store.root) from error
+            raise OSError(number, first_line(error), store.root) from error
 
     return cast(Method, call)
 

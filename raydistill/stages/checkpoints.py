@@ -29,6 +29,7 @@ class State:
     step: int = 0
     best_step: int = 0
     best_value: float | None = None
+    last_value: float | None = None
     validations_without_gain: int = 0
     seconds: float = 0.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config import Config, Training
-from raydistill.errors import UserError
+from raydistill.errors import UserError, first_line
 
 OBJECT_STORE_BYTES = 300_000_000
 
@@ -65,9 +65,8 @@ def _connect_to(ray: Any, address: str, options: dict[str, Any]) -> None:
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises many kinds for an address where nothing answers
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
-            f"cluster.address: {address}: cannot be reached ({first}). Check the address and RAY_AUTH_TOKEN"
+            f"cluster.address: {address}: cannot be reached ({first_line(error)}). Check the address and RAY_AUTH_TOKEN"
         ) from None
 
 

@@ -136,7 +136,7 @@ class _Worker:
                 if self._out_of_patience():
                     break
         if self.rank == 0:
-            self._publish_best()
+            self._publish()
         return {"outcome": "done", "step": self.state.step}
 
     def _steps_of_epoch(self) -> Any:
@@ -206,6 +206,7 @@ class _Worker:
         better = self.state.best_value is None or (
             value < self.state.best_value if self.job.metric in LOWER_IS_BETTER else value > self.state.best_value
         )
+        self.state.last_value = value
         if better:
             self.state.best_value, self.state.best_step = value, self.state.step
         self.state.validations_without_gain = 0 if better else self.state.validations_without_gain + 1
@@ -241,18 +242,21 @@ class _Worker:
         dist.all_reduce(wish)
         return bool(wish.item())
 
-    def _publish_best(self) -> None:
-        """Writes the best checkpoint as a Hugging Face folder."""
-        best = self.checkpoints.load(self.state.best_step)
+    def _publish(self) -> None:
+        """Writes the checkpoint that was asked for, the best or the last one, as a Hugging Face folder."""
+        step, value = self.state.best_step, self.state.best_value
+        if self.settings.choose == "last":
+            step, value = self.state.step, self.state.last_value
+        chosen = self.checkpoints.load(step)
         staged = self.store.staging(self.job.product)
         staged.mkdir(parents=True)
         length = self.job.config.data.max_length
         with naming(staged):
-            save_classifier(self.model, self.tokenizer, best.weights(), staged, max_length=length)
+            save_classifier(self.model, self.tokenizer, chosen.weights(), staged, max_length=length)
         facts = {
             "metric": self.job.metric,
-            "best_value": self.state.best_value,
-            "best_step": self.state.best_step,
+            "value": value,
+            "step": step,
             "steps": self.state.step,
             "seconds": round(self.state.seconds, 1),
             "parameters": count_parameters(self.model),

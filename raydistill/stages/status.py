@@ -28,8 +28,8 @@ def _standing(run: Run, part: str) -> Standing:
     if manifest is not None:
         rows = sum(entry.rows for entry in manifest.files)
         detail = f"{rows:,} rows in {len(manifest.files)} shards" if rows else f"{len(manifest.files)} files"
-        if "best_value" in manifest.facts:
-            detail = f"validation {manifest.facts['metric']} {manifest.facts['best_value']:.4f}"
+        if "value" in manifest.facts:
+            detail = f"validation {manifest.facts['metric']} {manifest.facts['value']:.4f}"
         return Standing(part, facts.stage, "complete", detail)
     if plan is None:
         return Standing(part, facts.stage, "not begun", "")

@@ -65,7 +65,7 @@ def train_model(
 def _result(manifest: Manifest) -> str:
     facts = manifest.facts
     return (
-        f"best validation {facts['metric']} {facts['best_value']:.4f} at step {facts['best_step']:,}"
+        f"validation {facts['metric']} {facts['value']:.4f} at step {facts['step']:,}"
         f" of {facts['steps']:,}, {duration(facts['seconds'])} of steps"
     )
 
