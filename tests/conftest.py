@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch or Ray are imported, and handed on to the processes that tests start.
@@ -15,6 +16,7 @@ os.environ.update(
 import hypothesis
 import pytest
 import torch
+from small_runs import SmallRuns
 
 from raydistill.demo import write_new_bert
 from raydistill.tickets import CATEGORIES, write_tickets
@@ -64,3 +66,11 @@ def tiny_classifier(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+    """Small runs of the real stages, and the one that nothing disturbed."""
+    made = SmallRuns(tmp_path_factory.mktemp("small"))
+    yield made
+    made.close()

@@ -1,0 +1,118 @@
+"""The training loop's own rules: schedule, validation, early stopping, which checkpoint is kept, what is not finite."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from raydistill.record.commit import read_manifest
+from raydistill.record.store import LocalStore
+
+STEPS = 8  # 54 train rows in batches of 16, 2 epochs
+
+
+def points(folder: Path, group: str) -> list[dict[str, Any]]:
+    lines = (folder / "train/metrics.jsonl").read_text().splitlines()
+    return [point for point in map(json.loads, lines) if point["group"] == group]
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(LocalStore(str(folder)), "student")
+    assert manifest is not None
+    return manifest.facts
+
+
+def student_weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "student/model.safetensors")
+
+
+def checkpoint_weights(folder: Path, step: int) -> dict[str, np.ndarray]:
+    return load_file(folder / f"train/checkpoints/step-{step:08d}/model.safetensors")
+
+
+def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate_rises_and_falls_as_the_schedule_says(runs, schedule: str):
+    changes = {"train.schedule": schedule, "train.warmup": 0.25, "train.log_every": 1, "train.learning_rate": 0.01}
+    folder, answer = runs.trained(changes)
+    assert answer["error"] is None
+    falls = {
+        "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+        "linear": lambda done: 1 - done,
+        "constant": lambda done: 1.0,
+    }[schedule]
+    expected = [0.005, 0.01] + [0.01 * falls(n / 6) for n in range(6)]
+    assert [point["learning_rate"] for point in points(folder, "train")] == pytest.approx(expected)
+
+
+def test_validation_every_n_steps_and_at_the_end(runs):
+    folder, _ = runs.trained({"train.validate_every": 3})
+    assert [point["step"] for point in points(folder, "validation")] == [3, 6, STEPS]
+
+
+def test_training_stops_when_validation_no_longer_gains(runs):
+    # A learning rate this small changes no prediction, so that accuracy never rises above its first value.
+    changes = {"train.learning_rate": 1e-9, "train.metric": "accuracy", "train.epochs": 50, "train.patience": 3}
+    folder, _ = runs.trained(changes)
+    assert [point["step"] for point in points(folder, "validation")] == [4, 8, 12, 16]
+    assert facts(folder)["steps"] == 16
+    assert facts(folder)["step"] == 4
+
+
+def test_the_best_or_the_last_checkpoint_is_kept_as_asked(runs):
+    # With this learning rate the student gets worse after its first validation.
+    changes = {"train.learning_rate": 1.0, "train.schedule": "constant", "train.validate_every": 1, "train.warmup": 0}
+    found = {}
+    for choose in ("best", "last"):
+        folder, answer = runs.trained({**changes, "train.choose": choose})
+        assert answer["error"] is None
+        found[choose] = folder
+        values = {point["step"]: point["kl"] for point in points(folder, "validation")}
+        best = min(values, key=lambda step: values[step])
+        assert best < STEPS
+        step = best if choose == "best" else STEPS
+        assert facts(folder)["step"] == step
+        assert facts(folder)["value"] == pytest.approx(values[step])
+        kept, weights = student_weights(folder), checkpoint_weights(folder, step)
+        assert equal(kept, weights)
+    assert not equal(student_weights(found["best"]), student_weights(found["last"]))
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_a_way_out(runs):
+    # Logits over such a temperature overflow; the points of the curve come every third step.
+    folder, answer = runs.trained({"train.loss.temperature": 1e-41, "train.log_every": 3})
+    expected = (
+        "student training: the loss at step 1 is not finite. Lower train.learning_rate, or set train.precision=fp32"
+    )
+    assert answer["error"] == expected
+    assert not (folder / "student").exists()
+
+
+def test_a_teachers_output_that_is_not_finite_names_its_row(runs, tmp_path: Path):
+    broken = tmp_path / "input"
+    shutil.copytree(runs.input, broken)
+    weights = load_file(broken / "teacher/model.safetensors")
+    weights["classifier.bias"][2] = np.nan
+    save_file(weights, broken / "teacher/model.safetensors", metadata={"format": "pt"})
+    folder = runs.start("teach")
+    answer = runs.run(folder, "teach", source=str(broken))
+    assert (
+        "teacher.model: its output for row 0 (shard train-00000.parquet) is not finite, like 15 more" in answer["error"]
+    )
+    assert not (folder / "teacher/cache/MANIFEST.json").exists()
+
+
+def test_clipping_bounds_the_step_and_not_the_norm_that_is_reported(runs):
+    plain, _ = runs.trained({"train.log_every": 1, "train.clip": 1e9})
+    clipped, _ = runs.trained({"train.log_every": 1, "train.clip": 1e-9})
+    first = [points(folder, "train")[0]["grad_norm"] for folder in (plain, clipped)]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert first[0] > 0.01
