@@ -17,7 +17,7 @@ LAYERS = (
     ("losses", "targets"),
     ("cache",),
     ("data",),
-    ("models",),
+    ("models", "feature_tap"),
     ("engine",),
     ("report",),
     ("stages",),
