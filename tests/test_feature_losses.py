@@ -297,7 +297,7 @@ def test_attention_scores_do_for_the_mean_square_and_infinite_ones_at_padded_key
     assert found.item() == pytest.approx(attention_oracle(scores, other, MASK, mean_square), rel=1e-5)
 
 
-@pytest.mark.parametrize(("teacher", "student"), [(8, 12), (12, 8), (8, 8)])
+@pytest.mark.parametrize(("teacher", "student"), [(16, 24), (24, 16), (16, 16)])
 def test_relation_heads_are_taken_in_blocks_without_a_difference(teacher: int, student: int):
     t, s = random(2, 2, teacher, seed=1), random(2, 2, student, seed=2)
 
@@ -444,6 +444,7 @@ def test_mean_pool_is_the_mean_of_the_real_tokens():
         (attention_mse_sum, (2, 2, 3, 3), (2, 2, 4, 4), (2, 3), "expected two equal shapes of 4 dimensions"),
         (attention_kl_sum, (2, 2, 3, 3), (1, 4, 3, 3), (2, 3), "expected two equal shapes of 4 dimensions"),
         (attention_kl_sum, (2, 3, 3), (2, 3, 3), (2, 3), "expected two equal shapes of 4 dimensions"),
+        (attention_kl_sum, (2, 2, 3, 4), (2, 2, 3, 4), (2, 3), "expected as many keys as queries"),
         (of(relation_kl_sum, relation_heads=2), (2, 3, 4), (2, 3, 5), (2, 3), r"found 2, .*the student's width 5"),
         (of(relation_kl_sum, relation_heads=3), (2, 3, 4), (2, 3, 6), (2, 3), r"found 3, .*the teacher's width 4"),
         (of(relation_kl_sum, relation_heads=0), (2, 3, 4), (2, 3, 4), (2, 3), "relation_heads: found 0"),

@@ -94,8 +94,9 @@ class _MaskedSquares(torch.autograd.Function):
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, padding: torch.Tensor, weight_N: torch.Tensor
     ) -> torch.Tensor:
-        difference = (student.float() - _at_most_float32(teacher)).masked_fill_(padding, 0.0)
-        ctx.save_for_backward(difference, weight_N)
+        teacher, ctx.dtype = _at_most_float32(teacher), student.dtype
+        difference = student - teacher if student.dtype == torch.float32 else student.float().sub_(teacher)
+        ctx.save_for_backward(difference.masked_fill_(padding, 0.0), weight_N)
         return (torch.linalg.vector_norm(difference.flatten(1), dim=1).square() * weight_N).sum()
 
     @staticmethod
@@ -104,7 +105,7 @@ class _MaskedSquares(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         difference, weight_N = ctx.saved_tensors
-        return difference * _per_row(2 * grads[0] * weight_N, difference), None, None, None
+        return _product(difference, _per_row(2 * grads[0] * weight_N, difference), ctx.dtype), None, None, None
 
 
 class _MaskedCosine(torch.autograd.Function):
@@ -152,7 +153,7 @@ class _MaskedKL(torch.autograd.Function):
         weight_N: torch.Tensor,
         floor: float,
     ) -> torch.Tensor:
-        teacher = _at_most_float32(teacher)
+        teacher, ctx.dtype = _at_most_float32(teacher), student.dtype
         ratio = student.clamp_min(floor).float()
         torch.div(teacher, ratio, out=ratio)
         terms = torch.xlogy(teacher, ratio).masked_fill_(padding, 0.0)
@@ -165,7 +166,7 @@ class _MaskedKL(torch.autograd.Function):
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         ratio, weight_N = ctx.saved_tensors
-        return ratio * _per_row(-grads[0] * weight_N, ratio), None, None, None, None
+        return _product(ratio, _per_row(-grads[0] * weight_N, ratio), ctx.dtype), None, None, None, None
 
 
 def _units(vectors_NLW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +187,11 @@ def _at_most_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
+def _product(tensor: torch.Tensor, factors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """tensor * factors, computed in float32 and written in this dtype without a float32 copy between."""
+    return torch.mul(tensor, factors, out=torch.empty_like(tensor, dtype=dtype))
+
+
 def _per_row(values_N: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values_N.view(-1, *([1] * (like.dim() - 1)))
 
@@ -202,6 +208,8 @@ def _same_heads(teacher_NALL: torch.Tensor, student_NALL: torch.Tensor) -> tuple
             torch.mean(maps, dim=1, keepdim=True, dtype=torch.float32) for maps in (teacher_NALL, student_NALL)
         )
     _check_same_shape(teacher_NALL, student_NALL, dimensions=4)
+    if student_NALL.shape[2] != student_NALL.shape[3]:
+        raise ValueError(f"attention map {tuple(student_NALL.shape)}: expected as many keys as queries")
     return teacher_NALL, student_NALL
 
 

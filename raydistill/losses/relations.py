@@ -98,8 +98,8 @@ class _RelationKL(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradient_NLW = torch.empty_like(student_NLW, dtype=torch.float32) if needs_gradient else None
         loss_sum = torch.zeros((), device=student_NLW.device)
-        # Four tensors of scores live at a time; together they are held to about the size of the inputs.
-        scores_per_head = max(1, 4 * rows * length * length)
+        # Four tensors of scores live at a time; together they are held to about half the size of the inputs.
+        scores_per_head = max(1, 8 * rows * length * length)
         step = max(1, min(heads, (student_NLW.numel() + teacher_NLV.numel()) // scores_per_head))
         with torch.autocast(student_NLW.device.type, enabled=False):
             for first in range(0, heads, step):
@@ -135,11 +135,11 @@ def _relations(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of relation heads first to last (NRLL), and the vectors that they are made of (NRLD)."""
     depth = vectors_NLW.shape[2] // heads
-    part = vectors_NLW[..., first * depth : last * depth].float().masked_fill(~real_NL[..., None], 0.0)
-    vectors_NRLD = (
-        part.clamp_(-LARGEST_COMPONENT, LARGEST_COMPONENT).unflatten(2, (last - first, depth)).transpose(1, 2)
-    )
-    scores_NRLL = torch.matmul(vectors_NRLD * depth**-0.5, vectors_NRLD.transpose(2, 3))
+    split_NRLD = vectors_NLW[..., first * depth : last * depth].unflatten(2, (last - first, depth)).transpose(1, 2)
+    # Copied once, in the order that the products need: a transposed view would be copied for each of them.
+    vectors_NRLD = torch.empty(split_NRLD.shape, dtype=torch.float32, device=split_NRLD.device).copy_(split_NRLD)
+    vectors_NRLD.masked_fill_(~real_NL[:, None, :, None], 0.0).clamp_(-LARGEST_COMPONENT, LARGEST_COMPONENT)
+    scores_NRLL = torch.matmul(vectors_NRLD, vectors_NRLD.mT).mul_(depth**-0.5)
     scores_NRLL.masked_fill_(~real_NL[:, None, None, :], PADDED_SCORE)
     return F.log_softmax(scores_NRLL, dim=-1), vectors_NRLD
 
