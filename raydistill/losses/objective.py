@@ -3,41 +3,98 @@
 Shapes: N rows, K classes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
-from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
+from raydistill.losses.multilabel import binary_cross_entropy_sum
+from raydistill.losses.registry import RESPONSE_LOSSES, ResponseLoss
+from raydistill.losses.response import check_label_smoothing, cross_entropy_sum, teacher_labels
+from raydistill.losses.transforms import standardise
 from raydistill.targets import TeacherTargets
 
 
 @dataclass(frozen=True)
 class Objective:
-    """alpha * temperature^2 * KL(teacher || student) + (1 - alpha) * cross-entropy (Hinton et al. 2015, section 2).
+    """alpha * response loss + (1 - alpha) * cross-entropy with hard targets (Hinton et al. 2015, section 2).
 
-    With alpha 0 no teacher is needed.
+    kind and parameters name the response loss in RESPONSE_LOSSES; the default, forward KL, is
+    temperature^2 * KL(teacher || student). standardise: the response loss sees standardised logits, the cross-entropy
+    never does. hard_targets: the data's labels, or the teacher's most likely class of every row (for a multi-label
+    loss, each class that the teacher finds likelier than not), which then are the labels of the response loss too.
+    With alpha 0 and the data's labels no teacher is needed. For a multi-label loss labels are (N, K) and the
+    cross-entropy is the binary one, summed over classes, also with alpha 0.
+
+    Raises ValueError for an unknown kind, a parameter that the loss does not have or that is out of its bounds, and
+    for a setting that the loss would ignore.
     """
 
     temperature: float = 1.0
     alpha: float = 0.0
+    kind: str = "forward_kl"
+    parameters: Mapping[str, float] = field(default_factory=dict[str, float])
+    standardise: bool = False
+    label_smoothing: float = 0.0
+    hard_targets: Literal["labels", "teacher"] = "labels"
+
+    def __post_init__(self) -> None:
+        if self.kind not in RESPONSE_LOSSES:
+            raise ValueError(f"kind must be one of {', '.join(RESPONSE_LOSSES)}, found {self.kind!r}")
+        try:
+            self.response.resolved(self.parameters)
+        except ValueError as error:
+            raise ValueError(f"{self.kind}: {error}") from None
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must be from 0 to 1, found {self.alpha}")
+        check_label_smoothing(self.label_smoothing)
+        if not self.response.uses_temperature and self.temperature != 1:
+            raise ValueError(f"{self.kind} takes no temperature, found {self.temperature}; leave it at 1")
+        if self.standardise and self.response.multi_label:
+            raise ValueError(f"standardise moves the logit at which {self.kind} says yes or no; leave it out")
+        if self.hard_targets not in ("labels", "teacher"):
+            raise ValueError(f"hard_targets must be labels or teacher, found {self.hard_targets!r}")
+
+    @property
+    def response(self) -> ResponseLoss:
+        return RESPONSE_LOSSES[self.kind]
 
     @property
     def needs_teacher(self) -> bool:
-        return self.alpha > 0
+        return self.alpha > 0 or self.hard_targets == "teacher"
 
     def __call__(
         self, student_logits_NK: torch.Tensor, labels_N: torch.Tensor, teacher: TeacherTargets | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss summed over rows, and its parts before weighting, also sums ("cross_entropy", "kl").
+        """The loss summed over rows, and its parts before weighting, also sums, detached.
 
-        "kl" includes the square of the temperature. Raises ValueError when alpha needs a teacher and there is none.
+        The parts are "cross_entropy" and the response loss by its kind, but for forward KL, which is "kl" and includes
+        the square of the temperature. KL at temperature 1 is not computed beside another loss: it would cost a
+        second pass over all classes in each step, and validation reports it.
+
+        A row without a label (-100) adds to the response loss only. The caller divides by the count of all rows, so
+        every row weighs alpha in the response loss, and the cross-entropy's share falls with that of labelled rows.
+        Raises ValueError when the teacher is needed and there is none.
         """
-        cross_entropy = cross_entropy_sum(student_logits_NK, labels_N)
+        if self.needs_teacher and teacher is None:
+            wants = f"alpha {self.alpha}" if self.alpha > 0 else "hard_targets teacher"
+            raise ValueError(f"{wants} needs the teacher's logits and the batch carries none")
+        if teacher is not None and self.hard_targets == "teacher":
+            labels_N = self._labels_of(teacher)
+        hard_loss = binary_cross_entropy_sum if self.response.multi_label else cross_entropy_sum
+        cross_entropy = hard_loss(student_logits_NK, labels_N, label_smoothing=self.label_smoothing)
         parts = {"cross_entropy": cross_entropy.detach()}
-        if not self.needs_teacher:
+        if teacher is None or self.alpha == 0:
             return cross_entropy, parts
-        if teacher is None:
-            raise ValueError(f"alpha {self.alpha} needs the teacher's logits and the batch carries none")
-        kl = forward_kl_sum(teacher.logits_NK, student_logits_NK, temperature=self.temperature)
-        parts["kl"] = kl.detach()
-        return self.alpha * kl + (1 - self.alpha) * cross_entropy, parts
+        sides = (teacher.logits_NK, student_logits_NK)
+        if self.standardise:
+            sides = (standardise(sides[0]), standardise(sides[1]))
+        response = self.response(*sides, labels_N, temperature=self.temperature, parameters=self.parameters)
+        parts[self.response.part or self.kind] = response.detach()
+        return self.alpha * response + (1 - self.alpha) * cross_entropy, parts
+
+    def _labels_of(self, teacher: TeacherTargets) -> torch.Tensor:
+        if self.response.multi_label:
+            return (teacher.logits_NK > 0).float()
+        return teacher_labels(teacher.logits_NK)
