@@ -209,12 +209,61 @@ class Student(Section):
         return self
 
 
-class Loss(Section):
-    """alpha T^2 KL(teacher || student) + (1 - alpha) cross-entropy with the labels."""
+# Which kinds of loss take a hyper-parameter; what it is when absent stands in losses/registry.py.
+LOSS_PARAMETERS = {
+    "beta": ("jsd",),
+    "skew": ("skew_forward_kl", "skew_reverse_kl"),
+    "target_weight": ("dkd",),
+    "non_target_weight": ("dkd",),
+    "inter_weight": ("dist",),
+    "intra_weight": ("dist",),
+}
+WITHOUT_TEMPERATURE = ("logit_mse",)
 
-    kind: Literal["forward_kl"] = "forward_kl"
-    temperature: float = Field(default=4.0, gt=0, le=1000)
-    alpha: float = Field(default=0.9, ge=0, le=1)
+
+class Loss(Section):
+    """alpha times a loss against the teacher's logits, plus (1 - alpha) cross-entropy with hard targets."""
+
+    kind: Literal[
+        "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation", "logit_mse", "dkd",
+        "dist",
+    ] = Field(default="forward_kl", description="the loss against the teacher's logits")  # fmt: skip
+    temperature: float = Field(default=4.0, gt=0, le=1000, description="of both sides' logits; logit_mse takes none")
+    alpha: float = Field(default=0.9, ge=0, le=1, description="share of the teacher; 0 is the control's objective")
+    beta: float | None = Field(
+        default=None, ge=0, le=1, description="jsd: from forward KL (0) to reverse KL (1); absent: 0.5"
+    )
+    skew: float | None = Field(
+        default=None, ge=0, lt=1, description="skew_*_kl: share of the first side in the mixture; absent: 0.1"
+    )
+    target_weight: float | None = Field(
+        default=None, ge=0, le=1000, description="dkd: of the label's class against the others; absent: 1"
+    )
+    non_target_weight: float | None = Field(
+        default=None, ge=0, le=1000, description="dkd: of the other classes among themselves; absent: 8"
+    )
+    inter_weight: float | None = Field(
+        default=None, ge=0, le=1000, description="dist: of each row's correlation over classes; absent: 2"
+    )
+    intra_weight: float | None = Field(
+        default=None, ge=0, le=1000, description="dist: of each class's correlation over rows; absent: 2"
+    )
+    standardise: bool = Field(
+        default=False, description="both sides' logits to mean 0 and deviation 1 a row before the loss"
+    )
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="of the cross-entropy, the control's too")
+    hard_targets: Literal["labels", "teacher"] = Field(
+        default="labels", description="of the cross-entropy: the data's labels, or the teacher's most likely classes"
+    )
+
+    @model_validator(mode="after")
+    def _settings_fit_kind(self) -> Loss:
+        for name, kinds in LOSS_PARAMETERS.items():
+            if getattr(self, name) is not None and self.kind not in kinds:
+                raise ValueError(f"{name} means nothing with kind: {self.kind}; remove it")
+        if self.kind in WITHOUT_TEMPERATURE and self.temperature != type(self).model_fields["temperature"].default:
+            raise ValueError(f"temperature means nothing with kind: {self.kind}; remove it")
+        return self
 
 
 class Train(Training):

@@ -520,3 +520,37 @@ def test_every_number_has_bounds_and_every_default_is_within_them():
             kinds = typing.get_args(field.annotation) or (field.annotation,)
             if (int in kinds or float in kinds) and name not in ("layers", "validation", "zero_stage"):
                 assert field.metadata, f"{'.'.join((*path, name))} has no bounds"
+
+
+def test_the_losses_of_the_config_are_those_of_the_registry():
+    """The config stands above the losses and imports no torch, so it says their names and bounds again."""
+    from raydistill.losses.registry import RESPONSE_LOSSES
+
+    single_label = {kind: loss for kind, loss in RESPONSE_LOSSES.items() if not loss.multi_label}
+    fields = definitions.Loss.model_fields
+    assert typing.get_args(fields["kind"].annotation) == tuple(single_label)
+    assert tuple(k for k, loss in single_label.items() if not loss.uses_temperature) == definitions.WITHOUT_TEMPERATURE
+    found = {(kind, name) for kind, loss in single_label.items() for name in loss.parameters}
+    assert found == {(kind, name) for name, kinds in definitions.LOSS_PARAMETERS.items() for kind in kinds}
+    for kind, name in found:
+        parameter = single_label[kind].parameters[name]
+        bounds = {type(b).__name__: getattr(b, type(b).__name__.lower()) for b in fields[name].metadata}
+        assert bounds["Ge"] == parameter.minimum
+        assert bounds["Lt" if parameter.open_maximum else "Le"] == parameter.maximum
+        assert f"absent: {parameter.default:g}" in str(fields[name].description)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ("{beta: 0.5}", "beta means nothing with kind: forward_kl; remove it"),
+        ("{kind: dkd, skew: 0.1}", "skew means nothing with kind: dkd; remove it"),
+        ("{kind: logit_mse, temperature: 2}", "temperature means nothing with kind: logit_mse; remove it"),
+        ("{kind: skew_forward_kl, skew: 1}", "train.loss.skew"),
+        ("{kind: revers_kl}", "reverse_kl"),
+    ],
+)
+def test_a_loss_that_cannot_be_is_refused(file: Path, loss: str, message: str):
+    file.write_text(f"{BASE}train: {{loss: {loss}}}\n")
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(file)

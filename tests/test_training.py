@@ -116,3 +116,31 @@ def test_clipping_bounds_the_step_and_not_the_norm_that_is_reported(runs):
     first = [points(folder, "train")[0]["grad_norm"] for folder in (plain, clipped)]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
     assert first[0] > 0.01
+
+
+# What each kind takes beside the temperature; the undisturbed run has forward_kl.
+KINDS = {
+    "reverse_kl": {}, "jsd": {"beta": 0.3}, "skew_forward_kl": {"skew": 0.2}, "skew_reverse_kl": {},
+    "total_variation": {}, "logit_mse": {}, "dkd": {"non_target_weight": 4.0}, "dist": {"intra_weight": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_response_loss_trains_and_reports_its_part(runs, kind: str):
+    settings = {"kind": kind, "standardise": True, "label_smoothing": 0.1, **KINDS[kind]}
+    folder, answer = runs.trained({f"train.loss.{name}": value for name, value in settings.items()})
+    assert answer["error"] is None
+    curve = points(folder, "train")
+    assert all(math.isfinite(point[kind]) and point[kind] >= 0 for point in curve)
+    # The loss is what its parts say: alpha 0.9 of the one, 0.1 of the other.
+    for point in curve:
+        assert point["loss"] == pytest.approx(0.9 * point[kind] + 0.1 * point["cross_entropy"], rel=1e-5)
+    assert not equal(student_weights(folder), student_weights(runs.whole))
+
+
+def test_the_teachers_own_classes_as_hard_targets(runs):
+    changes = {"train.loss.alpha": 0.0, "train.loss.hard_targets": "teacher"}
+    taught, answer = runs.trained(changes)
+    assert answer["error"] is None
+    labelled, _ = runs.trained({"train.loss.alpha": 0.0})
+    assert not equal(student_weights(taught), student_weights(labelled))

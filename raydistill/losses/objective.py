@@ -64,6 +64,11 @@ class Objective:
     def needs_teacher(self) -> bool:
         return self.alpha > 0 or self.hard_targets == "teacher"
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the parts that every call reports, in their order."""
+        return ("cross_entropy", *((self.response.part or self.kind,) if self.alpha > 0 else ()))
+
     def __call__(
         self, student_logits_NK: torch.Tensor, labels_N: torch.Tensor, teacher: TeacherTargets | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -84,14 +89,13 @@ class Objective:
             labels_N = self._labels_of(teacher)
         hard_loss = binary_cross_entropy_sum if self.response.multi_label else cross_entropy_sum
         cross_entropy = hard_loss(student_logits_NK, labels_N, label_smoothing=self.label_smoothing)
-        parts = {"cross_entropy": cross_entropy.detach()}
         if teacher is None or self.alpha == 0:
-            return cross_entropy, parts
+            return cross_entropy, {"cross_entropy": cross_entropy.detach()}
         sides = (teacher.logits_NK, student_logits_NK)
         if self.standardise:
             sides = (standardise(sides[0]), standardise(sides[1]))
         response = self.response(*sides, labels_N, temperature=self.temperature, parameters=self.parameters)
-        parts[self.response.part or self.kind] = response.detach()
+        parts = dict(zip(self.part_names, (cross_entropy.detach(), response.detach()), strict=True))
         return self.alpha * response + (1 - self.alpha) * cross_entropy, parts
 
     def _labels_of(self, teacher: TeacherTargets) -> torch.Tensor:

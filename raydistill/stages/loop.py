@@ -106,7 +106,7 @@ class _Worker:
         self.per_epoch = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
         self.total = self.per_epoch * job.settings.epochs
         self.curves = Curves(self.store, job.folder, self.state.step) if self.rank == 0 else None
-        self.meter = _Meter(self.device)
+        self.meter = _Meter(job.objective.part_names, self.device)
 
     def _split(self, split: str) -> Split:
         store = open_store(self.job.data_url)
@@ -335,26 +335,24 @@ def _validation_sums(worker: _Worker, batch: Batch, classes: int) -> torch.Tenso
 
 
 class _Meter:
-    """Sums of the last steps, kept on the device so that no step waits for them."""
+    """Sums of the last steps (loss, its parts, rows), kept on the device so that no step waits for them."""
 
-    LOSS, CROSS_ENTROPY, KL, ROWS = range(4)
+    ROWS = -1
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, parts: tuple[str, ...], device: torch.device) -> None:
+        self._names = ("loss", *parts)
         self._device = device
         self._rows: list[torch.Tensor] = []
-        self._step = torch.zeros(4, dtype=torch.float64, device=device)
+        self._step = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=device)
         self._seconds = 0.0
-        self._has_kl = False
 
     @property
     def steps(self) -> int:
         return len(self._rows)
 
     def add(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], rows: int) -> None:
-        self._has_kl = "kl" in parts
-        kl = parts.get("kl", torch.zeros((), device=self._device))
         count = torch.tensor(float(rows), device=self._device)
-        self._step += torch.stack([loss.float(), parts["cross_entropy"].float(), kl.float(), count])
+        self._step += torch.stack([loss.float(), *(parts[name].float() for name in self._names[1:]), count])
 
     def end_step(self, seconds: float) -> None:
         self._rows.append(self._step)
@@ -362,16 +360,15 @@ class _Meter:
         self._seconds += seconds
 
     def take(self) -> tuple[torch.Tensor, float]:
-        """The sums of each step since the last call, (steps, 4), and the seconds that they took."""
+        """The sums of each step since the last call, one row a step, and the seconds that they took."""
         sums, seconds = torch.stack(self._rows), self._seconds
         self._rows, self._seconds = [], 0.0
         return sums, seconds
 
     def means(self, sums: torch.Tensor) -> dict[str, float]:
         """Means per row over the steps: the loss and its parts."""
-        totals = sums.sum(dim=0) / sums[:, self.ROWS].sum()
-        values = {"loss": float(totals[self.LOSS]), "cross_entropy": float(totals[self.CROSS_ENTROPY])}
-        return values | ({"kl": float(totals[self.KL])} if self._has_kl else {})
+        totals = (sums.sum(dim=0) / sums[:, self.ROWS].sum()).tolist()
+        return dict(zip(self._names, totals[: self.ROWS], strict=True))
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:

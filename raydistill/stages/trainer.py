@@ -8,7 +8,16 @@ import time
 import uuid
 from typing import Any
 
-from raydistill.config import Config, TeacherMetrics, Train, Training, identity
+from raydistill.config import (
+    LOSS_PARAMETERS,
+    WITHOUT_TEMPERATURE,
+    Config,
+    Loss,
+    TeacherMetrics,
+    Train,
+    Training,
+    identity,
+)
 from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.losses.objective import Objective
 from raydistill.models import ModelSource, find_model, model_identity
@@ -82,6 +91,8 @@ def training_plan(role: str, config: Config, run: Run, resources: Resources, sou
         inputs["cache"] = run.require("cache").fingerprint
     skip = ("precision", "loss") if role == "control" else ("precision",)
     inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
+    if role == "control":
+        inputs[f"{section}.loss.label_smoothing"] = config.train.loss.label_smoothing
     inputs["precision"] = resolve_precision(settings, run.plan(role), resources)
     return Plan(role, inputs)
 
@@ -116,9 +127,9 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
     """The plan as what a worker is sent."""
     settings, _ = settings_of(config, role)
     objective = Objective()
-    if role == "student":
-        assert isinstance(settings, Train)
-        objective = Objective(temperature=settings.loss.temperature, alpha=settings.loss.alpha)
+    if isinstance(settings, Train):
+        smoothing = settings.loss.label_smoothing
+        objective = student_objective(settings.loss) if role == "student" else Objective(label_smoothing=smoothing)
     # A control has no teacher, in its choice of checkpoint neither.
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
     return TrainingJob(
@@ -126,6 +137,16 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
         precision=plan.inputs["precision"], labels=tuple(run.require("data").facts["labels"]),
         fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
         uses_cache=role == "student", source=source, folder=PARTS[role].folder, product=PARTS[role].product,
+    )  # fmt: skip
+
+
+def student_objective(loss: Loss) -> Objective:
+    """The settings as what a student is trained with."""
+    parameters = {name: value for name in LOSS_PARAMETERS if (value := getattr(loss, name)) is not None}
+    return Objective(
+        temperature=1.0 if loss.kind in WITHOUT_TEMPERATURE else loss.temperature, alpha=loss.alpha, kind=loss.kind,
+        parameters=parameters, standardise=loss.standardise, label_smoothing=loss.label_smoothing,
+        hard_targets=loss.hard_targets,
     )  # fmt: skip
 
 
