@@ -120,7 +120,9 @@ def teacher_stage(out: Path) -> dict[str, dict]:
         for shard in tokens[1:]:
             bare.logits(shard)
         bare_rates.append(sum(e.rows for e in entries[1:]) / (time.perf_counter() - started))
-        job = teacher_job(config, run, data, folder=f"bench-{attempt}", fingerprint="bench", dtype="bfloat16")
+        job = teacher_job(
+            config, run, data, folder=f"bench-{attempt}-{time.time():.0f}", fingerprint="bench", dtype="bfloat16"
+        )
         job = replace(job, output_url=str(out / "scratch"))
         tasks = [{"job": 0, "file": e.file, "sha256": e.sha256, "size": e.size, "rows": e.rows} for e in entries]
         times = []

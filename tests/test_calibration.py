@@ -12,7 +12,6 @@ from loss_oracles import log_softmax
 
 from raydistill.losses.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_temperature
 from raydistill.losses.response import IGNORED_LABEL
-from raydistill.report import metrics
 
 
 def logits_and_labels(rows: int = 300, classes: int = 5, truth: float = 2.5) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,8 +45,15 @@ def test_no_temperature_of_a_grid_is_better():
 
 def test_it_agrees_with_a_bounded_search_over_the_logarithm():
     logits_NK, labels_N = logits_and_labels()
-    expected = metrics.fit_temperature(logits_NK.numpy(), np.asarray(labels_N))
-    assert fit_temperature(logits_NK, labels_N) == pytest.approx(expected, rel=1e-4)
+    optimize, logits, labels = pytest.importorskip("scipy.optimize"), logits_NK.double().numpy(), labels_N.numpy()
+
+    def nll(exponent: float) -> float:
+        tempered = logits / math.exp(exponent)
+        return float((np.logaddexp.reduce(tempered, axis=1) - tempered[np.arange(len(labels)), labels]).mean())
+
+    expected = math.exp(optimize.minimize_scalar(nll, bounds=(-3, 3), method="bounded", options={"xatol": 1e-8}).x)
+    assert fit_temperature(logits_NK, labels_N) == pytest.approx(expected, rel=1e-6)
+    assert fit_temperature(logits_NK, labels_N.int()) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 20.0])

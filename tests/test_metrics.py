@@ -16,7 +16,6 @@ from raydistill.report.metrics import (
     calibration_error,
     classifier_metrics,
     compare,
-    fit_temperature,
     log_softmax,
     macro_f1,
     mean_kl,
@@ -83,18 +82,6 @@ def test_calibration_error_is_small_for_calibrated_logits_and_large_for_sharpene
     assert calibration_error(logits, labels) < 0.015
     assert calibration_error(4 * logits, labels) > 0.1
     assert 0 <= calibration_error(logits[:3], labels[:3]) <= 1
-
-
-@pytest.mark.parametrize("sharpness", [0.25, 1.0, 4.0])
-def test_fitted_temperature_undoes_a_sharpness(sharpness: float):
-    logits, labels = sample(20_000)
-    found = fit_temperature(sharpness * logits, labels)
-    assert found == pytest.approx(sharpness, rel=0.03)
-    grid = np.exp(np.linspace(-3, 3, 601))
-    losses = [nll(sharpness * logits[:2000] / t, labels[:2000]) for t in grid]
-    assert fit_temperature(sharpness * logits[:2000], labels[:2000]) == pytest.approx(
-        grid[int(np.argmin(losses))], rel=0.011
-    )
 
 
 def test_a_models_metrics_and_what_its_temperature_changes():

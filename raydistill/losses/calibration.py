@@ -24,7 +24,7 @@ def fit_temperature(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> float:
     if logits_NK.shape[:1] != labels_N.shape:
         raise ValueError(f"{logits_NK.shape[0]} rows of logits but labels of shape {tuple(labels_N.shape)}")
     labelled_N = labels_N != IGNORED_LABEL
-    logits_NK, labels_N = logits_NK.detach()[labelled_N].double(), labels_N[labelled_N]
+    logits_NK, labels_N = logits_NK.detach()[labelled_N].double(), labels_N[labelled_N].long()
     if len(labels_N) == 0:
         raise ValueError("a temperature is fitted to labelled rows and every row's label is -100")
     if labels_N.min() < 0 or labels_N.max() >= logits_NK.shape[1]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
 
 BINS = 15
 Floats = npt.NDArray[np.floating]
@@ -42,12 +41,6 @@ def calibration_error(logits_NK: Floats, labels_N: Labels) -> float:
     order = np.argsort(confidence_N, kind="stable")
     bins = [b for b in np.array_split(order, BINS) if len(b)]
     return float(sum(abs(confidence_N[b].mean() - hit_N[b].mean()) * len(b) for b in bins) / len(labels_N))
-
-
-def fit_temperature(logits_NK: Floats, labels_N: Labels) -> float:
-    """The one temperature that minimises NLL (Guo et al. 2017, arXiv:1706.04599, section 4.2); fitted on validation."""
-    found = minimize_scalar(lambda t: nll(logits_NK / np.exp(t), labels_N), bounds=(-3.0, 3.0), method="bounded")
-    return float(np.exp(found.x))  # type: ignore[union-attr]
 
 
 def mean_kl(teacher_NK: Floats, student_NK: Floats) -> float:

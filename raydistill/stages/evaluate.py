@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from raydistill.cache.shards import read_logits
 from raydistill.config import Config, identity
 from raydistill.data.shards import read_shard, read_split
+from raydistill.losses.calibration import fit_temperature
 from raydistill.models import ModelSource, model_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
 from raydistill.record.store import Store
-from raydistill.report.metrics import classifier_metrics, compare, fit_temperature, mean_kl
+from raydistill.report.metrics import classifier_metrics, compare, mean_kl
 from raydistill.report.page import render
 from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.latency import measure
@@ -143,7 +145,7 @@ def _report(
     teacher = logits["teacher"]["test"]
     models: dict[str, Any] = {}
     for name, split in logits.items():
-        temperature = fit_temperature(split["validation"], labels["validation"])
+        temperature = fit_temperature(*map(torch.from_numpy, (split["validation"], labels["validation"])))
         models[name] = {
             **classifier_metrics(split["test"], labels["test"], temperature),
             "agreement": float((split["test"].argmax(axis=1) == teacher.argmax(axis=1)).mean()),
