@@ -33,8 +33,8 @@ ONE_LAYER = {
 }
 
 
-def write_configs(data: Path, teacher: Path, out: Path, cpus: int | None) -> list[Path]:
-    """The configurations of the two runs: the small student, and one layer of the teacher on the same cache."""
+def write_configs(data: Path, teacher: Path, out: Path, cpus: int | None, seeds: int) -> list[Path]:
+    """The runs: the small student, it again with other seeds, and one layer of the teacher, all on one cache."""
     out.mkdir(parents=True, exist_ok=True)
     files = {"train": str(data / "train.csv"), "test": str(data / "test.csv")}
     small = {
@@ -47,18 +47,22 @@ def write_configs(data: Path, teacher: Path, out: Path, cpus: int | None) -> lis
     }
     lent = {**small["teacher"], "cache_from": str(out / "small")}
     one_layer = {**small, "name": "one-layer", **ONE_LAYER, "teacher": lent}
+    again = [
+        {**small, "name": f"small-{seed}", "teacher": lent, "train": {**SETTINGS["train"], "seed": seed}}
+        for seed in range(1, seeds)
+    ]
     paths = []
-    for config in (small, one_layer):
+    for config in (small, *[{**config, "evaluate": {"control": False}} for config in again], one_layer):
         path = out / f"{config['name']}.yaml"
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         paths.append(path)
     return paths
 
 
-def quality(data: Path, teacher: Path, out: Path, only: str | None, cpus: int | None) -> None:
+def quality(data: Path, teacher: Path, out: Path, only: str | None, cpus: int | None, seeds: int) -> None:
     """Runs both sides and prints a JSON line for each model."""
     if only != "plain":
-        for path in write_configs(data, teacher, out, cpus):
+        for path in write_configs(data, teacher, out, cpus, seeds):
             started = time.monotonic()
             subprocess.run([sys.executable, "-m", "raydistill", "run", str(path)], check=True)
             report = json.loads((out / path.stem / "report" / "report.json").read_text())
@@ -80,7 +84,9 @@ def quality(data: Path, teacher: Path, out: Path, only: str | None, cpus: int | 
         subprocess.run(
             [*loop, "teacher", *files, "--model", str(teacher), "--out", str(folder / "teacher")], check=True
         )
-        subprocess.run([*loop, "student", *files, *tuned, "--out", str(folder / "student")], check=True)
+        for seed in range(seeds):
+            place = ["--out", str(folder / f"student-{seed}"), "--seed", str(seed)]
+            subprocess.run([*loop, "student", *files, *tuned, *place], check=True)
         subprocess.run([*loop, "student", *files, *tuned, "--out", str(folder / "control"), "--hard"], check=True)
 
 
@@ -93,6 +99,7 @@ def main() -> None:
     compared.add_argument("--out", type=Path, required=True)
     compared.add_argument("--only", choices=["ours", "plain"])
     compared.add_argument("--cpus", type=int, help="of each side; all of them when left out")
+    compared.add_argument("--seeds", type=int, default=1, help="times the small student is trained on each side")
     timed = commands.add_parser("speed")
     timed.add_argument("--out", type=Path, required=True)
     timed.add_argument("--threads", type=int, default=2)
@@ -100,7 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "quality":
         paths = (arguments.data.resolve(), arguments.teacher.resolve(), arguments.out.resolve())
-        quality(*paths, arguments.only, arguments.cpus)
+        quality(*paths, arguments.only, arguments.cpus, arguments.seeds)
     else:
         from banking77_speed import speed
 

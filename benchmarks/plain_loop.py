@@ -86,7 +86,9 @@ def distillation_loss(labels: torch.Tensor, teacher_logits: torch.Tensor, temper
     return loss
 
 
-def fit(model, tokenizer, texts: list[str], loss_of: Loss, *, epochs: int, lr: float, batch_size: int) -> list[float]:
+def fit(
+    model, tokenizer, texts: list[str], loss_of: Loss, *, epochs: int, lr: float, batch_size: int, seed: int = 0
+) -> list[float]:
     """Train in place; the seconds of every step, from tokenizing its rows to the end of the optimizer's update."""
     undecayed = {name for name, _ in model.named_parameters() if name.endswith("bias") or "LayerNorm" in name}
     groups = [
@@ -96,7 +98,7 @@ def fit(model, tokenizer, texts: list[str], loss_of: Loss, *, epochs: int, lr: f
     optimizer = torch.optim.AdamW(groups, lr=lr)
     steps = epochs * -(-len(texts) // batch_size)
     schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
-    shuffle = torch.Generator().manual_seed(0)
+    shuffle = torch.Generator().manual_seed(seed)
     step_seconds = []
     model.train()
     for _ in range(epochs):
@@ -140,14 +142,14 @@ def train_teacher(model_dir, train_csv, out, *, epochs=4, lr=2e-4, batch_size=32
 
 def train_student(
     teacher_dir, train_csv, out, teacher_logits=None, *, epochs=20, lr=1e-3, batch_size=32, threads=2,
-    hidden=128, layers=2, temperature=4.0, alpha=0.9,
+    hidden=128, layers=2, temperature=4.0, alpha=0.9, seed=0,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a new BERT of `hidden` and `layers` on the teacher's logits [rows, K], or on the labels if there are none.
 
     Tokenizer and the order of the classes are the teacher's.
     """
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     texts, names = read_rows(train_csv)
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
     teacher = AutoConfig.from_pretrained(teacher_dir)
@@ -161,7 +163,7 @@ def train_student(
     if teacher_logits is not None:
         loss_of = distillation_loss(labels, teacher_logits, temperature, alpha)
     model = BertForSequenceClassification(config)
-    return trained(model, tokenizer, texts, loss_of, out, epochs=epochs, lr=lr, batch_size=batch_size)
+    return trained(model, tokenizer, texts, loss_of, out, epochs=epochs, lr=lr, batch_size=batch_size, seed=seed)
 
 
 def main() -> None:
@@ -173,7 +175,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help="CSV file with the columns text and category")
     for name, kind in [("epochs", int), ("lr", float), ("batch-size", int), ("threads", int)]:
         parser.add_argument(f"--{name}", type=kind)
-    for name, kind in [("hidden", int), ("layers", int), ("temperature", float), ("alpha", float)]:
+    for name, kind in [("hidden", int), ("layers", int), ("temperature", float), ("alpha", float), ("seed", int)]:
         parser.add_argument(f"--{name}", type=kind, help="student only")
     parser.add_argument("--hard", action="store_true", help="student only: labels instead of the teacher's logits")
     given = {key: value for key, value in vars(parser.parse_args()).items() if value is not None}
