@@ -12,10 +12,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from raydistill.targets import Features
 
 logger = logging.getLogger(__name__)
 
@@ -49,21 +51,6 @@ ARCHITECTURES = {
         "encoder.layer", "attention.self", ("query_proj", "key_proj", "value_proj"), dropout="dropout"
     ),
 }
-
-
-@dataclass
-class Features:
-    """What one forward left behind, by layer: only what was asked for. Attached to the graph where the forward was.
-
-    embeddings_NLW is what goes into layer 0; attention_NALL are probabilities, the first L the query.
-    """
-
-    embeddings_NLW: torch.Tensor | None = None
-    hidden_NLW: dict[int, torch.Tensor] = field(default_factory=dict)
-    attention_NALL: dict[int, torch.Tensor] = field(default_factory=dict)
-    queries_NLW: dict[int, torch.Tensor] = field(default_factory=dict)
-    keys_NLW: dict[int, torch.Tensor] = field(default_factory=dict)
-    values_NLW: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class FeatureTap:

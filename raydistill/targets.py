@@ -1,10 +1,28 @@
-"""What a batch carries from the teacher's cache to a loss."""
+"""What a batch carries from the teacher to a loss: its logits, and its features where a loss asks for them.
+
+Shapes: N rows, K classes, L tokens, W width, A attention heads.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+
+@dataclass
+class Features:
+    """What one forward left behind, by layer: only what was asked for. Attached to the graph where the forward was.
+
+    embeddings_NLW is what goes into layer 0; attention_NALL are probabilities, the first L the query.
+    """
+
+    embeddings_NLW: torch.Tensor | None = None
+    hidden_NLW: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention_NALL: dict[int, torch.Tensor] = field(default_factory=dict)
+    queries_NLW: dict[int, torch.Tensor] = field(default_factory=dict)
+    keys_NLW: dict[int, torch.Tensor] = field(default_factory=dict)
+    values_NLW: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

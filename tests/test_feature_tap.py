@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from raydistill.feature_tap import ARCHITECTURES, Features, FeatureTap
+from raydistill.feature_tap import ARCHITECTURES, FeatureTap
+from raydistill.targets import Features
 
 LAYERS, WIDTH, HEADS, VOCABULARY = 3, 16, 2, 64
 SIZES = {
