@@ -221,6 +221,32 @@ LOSS_PARAMETERS = {
 WITHOUT_TEMPERATURE = ("logit_mse",)
 
 
+class Features(Section):
+    """One loss on what the teacher computes on the way; it is added to the rest, times its weight."""
+
+    kind: Literal[
+        "hidden_mse", "hidden_cosine", "embeddings_mse", "embeddings_cosine", "attention_mse", "attention_kl",
+        "query_relation", "key_relation", "value_relation", "rkd_distance", "rkd_angle",
+    ]  # fmt: skip
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    layers: Literal["uniform", "last", "skip", "final"] | tuple[tuple[int, int], ...] | None = Field(
+        default=None,
+        description="pairs [student layer, teacher layer], counted from 0, or a rule; absent: uniform for hidden states"
+        " and attention, final (the last layers) for relations and rkd",
+    )
+    relation_heads: int | None = Field(
+        default=None, ge=1, le=1024, description="*_relation: absent: as many as the teacher has attention heads"
+    )
+
+    @model_validator(mode="after")
+    def _settings_fit_kind(self) -> Features:
+        if self.layers is not None and self.kind.startswith("embeddings"):
+            raise ValueError(f"layers means nothing with kind: {self.kind}; remove it")
+        if self.relation_heads is not None and not self.kind.endswith("relation"):
+            raise ValueError(f"relation_heads means nothing with kind: {self.kind}; remove it")
+        return self
+
+
 class Loss(Section):
     """alpha times a loss against the teacher's logits, plus (1 - alpha) cross-entropy with hard targets."""
 
@@ -254,6 +280,9 @@ class Loss(Section):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="of the cross-entropy, the control's too")
     hard_targets: Literal["labels", "teacher"] = Field(
         default="labels", description="of the cross-entropy: the data's labels, or the teacher's most likely classes"
+    )
+    features: tuple[Features, ...] = Field(
+        default=(), description="losses on the teacher's features, which the teacher computes beside the training"
     )
 
     @model_validator(mode="after")
@@ -321,9 +350,11 @@ def identity(section: Section, *, skip: tuple[str, ...] = ()) -> dict[str, Any]:
         if name in skip or (isinstance(extra, dict) and extra.get("speed")):
             continue
         value = getattr(section, name)
-        result[name] = identity(value) if isinstance(value, Section) else _plain(value)
+        result[name] = _plain(value)
     return result
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, Section):
+        return identity(value)
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value

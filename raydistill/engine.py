@@ -63,7 +63,14 @@ class Engine:
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """float32 logits of a batch, with gradient."""
-        return self._engine(**{name: value.to(self.device) for name, value in inputs.items()}).logits.float()
+        return self.outputs(inputs)[0]
+
+    def outputs(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """float32 logits of a batch, and what else a model that answers with a tuple has to say, with gradient."""
+        output = self._engine(**{name: value.to(self.device) for name, value in inputs.items()})
+        if isinstance(output, tuple):
+            return output[0].float(), output[1:]
+        return output.logits.float(), ()
 
     def backward(self, loss_sum: torch.Tensor, global_rows: int) -> None:
         """Adds the gradient of loss_sum / global_rows, the mean over the global batch.

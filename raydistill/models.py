@@ -9,7 +9,7 @@ import copy
 import functools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,16 @@ def model_identity(folder: Path) -> dict[str, str]:
     weights = {
         p.name: _digest_of(p, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.glob("*.safetensors"))
     }
-    tokenizer = {name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()}
     return {
         "weights_sha256": digest(weights),
         "config_sha256": sha256_file(folder / "config.json"),
-        "tokenizer_sha256": digest(tokenizer),
+        "tokenizer_sha256": tokenizer_identity(folder),
     }
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """sha256 over a tokenizer's files."""
+    return digest({name: sha256_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()})
 
 
 @functools.cache
@@ -226,13 +230,47 @@ def check_length(setting: str, folder: Path, max_length: int) -> None:
         raise UserError(f"data.max_length: found {max_length}, {setting} {folder} takes at most {longest}. Lower it")
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a transformer that its features have."""
+
+    model_type: str
+    layers: int
+    heads: int
+    width: int
+
+
+def shape_of(folder: Path) -> Shape:
+    """The shape of the model in a folder, by its configuration."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    return Shape(config.model_type, config.num_hidden_layers, config.num_attention_heads, config.hidden_size)
+
+
+def student_shape(settings: Any, teacher_folder: Path) -> Shape:
+    """The shape that the `student` section asks for."""
+    if settings.init == "pretrained":
+        return shape_of(find_model("student.model", settings.model, settings.revision))
+    if settings.init == "config":
+        heads = settings.num_heads or max(1, settings.hidden_size // 64)
+        return Shape(settings.model_type, settings.num_layers, heads, settings.hidden_size)
+    teacher = shape_of(teacher_folder)
+    return replace(teacher, layers=len(settings.layers or every_other(teacher.layers)))
+
+
+def every_other(count: int) -> list[int]:
+    """The layers of a student that names none: the second, the fourth and so on, or the only one."""
+    return list(range(1, count, 2)) or [0]
+
+
 def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float | None) -> Any:
     """A student of some of the teacher's layers, its embeddings and its head (DistilBERT, arXiv:1910.01108, section 2).
 
     Raises UserError when the architecture has no one stack of layers, or a layer is not there or does not fit.
     """
     count = teacher.config.num_hidden_layers
-    chosen = list(range(1, count, 2)) or [0] if layers is None else layers
+    chosen = every_other(count) if layers is None else layers
     if chosen[-1] >= count:
         raise UserError(f"student.layers: found {chosen[-1]}, the teacher's layers are 0 to {count - 1}")
     stack = _layer_stack(teacher, count)

@@ -29,10 +29,13 @@ class Features:
 class TeacherTargets:
     """The teacher's outputs for the rows of a batch, in the batch's order.
 
-    Shapes: logits_NK float32, N rows, K classes in the order of the data's labels.
+    logits_NK: float32, K classes in the order of the data's labels. features: for each feature term of the objective
+    and each of its pairs of layers, what the term compares.
     """
 
     logits_NK: torch.Tensor
+    features: tuple[tuple[torch.Tensor, ...], ...] = ()
 
     def to(self, device: torch.device) -> TeacherTargets:
-        return TeacherTargets(self.logits_NK.to(device, non_blocking=True))
+        moved = tuple(tuple(f.to(device, non_blocking=True) for f in term) for term in self.features)
+        return TeacherTargets(self.logits_NK.to(device, non_blocking=True), moved)

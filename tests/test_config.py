@@ -554,3 +554,31 @@ def test_a_loss_that_cannot_be_is_refused(file: Path, loss: str, message: str):
     file.write_text(f"{BASE}train: {{loss: {loss}}}\n")
     with pytest.raises(UserError, match=re.escape(message)):
         load_config(file)
+
+
+def test_the_feature_losses_of_the_config_are_those_of_the_objective():
+    from raydistill.losses.feature_objective import FEATURE_LOSSES
+
+    assert typing.get_args(definitions.Features.model_fields["kind"].annotation) == tuple(FEATURE_LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ("[{kind: hidden_mse, relation_heads: 2}]", "relation_heads means nothing with kind: hidden_mse; remove it"),
+        ("[{kind: embeddings_mse, layers: last}]", "layers means nothing with kind: embeddings_mse; remove it"),
+        ("[{kind: hidden_msr}]", "hidden_mse"),
+        ("[{kind: hidden_mse, weight: 0}]", "train.loss.features.0.weight"),
+        ("{kind: hidden_mse}", "train.loss.features"),
+    ],
+)
+def test_features_that_cannot_be_are_refused(file: Path, features: str, message: str):
+    file.write_text(f"{BASE}train: {{loss: {{features: {features}}}}}\n")
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(file)
+
+
+def test_features_stand_in_the_identity_as_plain_values(file: Path):
+    file.write_text(f"{BASE}train: {{loss: {{features: [{{kind: hidden_mse, layers: [[0, 2], [1, 5]]}}]}}}}\n")
+    expected = {"kind": "hidden_mse", "weight": 1.0, "layers": [[0, 2], [1, 5]], "relation_heads": None}
+    assert identity(load_config(file).train)["loss"]["features"] == [expected]

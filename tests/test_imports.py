@@ -17,7 +17,7 @@ LAYERS = (
     ("losses", "targets"),
     ("cache",),
     ("data",),
-    ("models", "feature_tap"),
+    ("models", "feature_tap", "taught"),
     ("engine",),
     ("report",),
     ("stages",),

@@ -144,3 +144,81 @@ def test_the_teachers_own_classes_as_hard_targets(runs):
     assert answer["error"] is None
     labelled, _ = runs.trained({"train.loss.alpha": 0.0})
     assert not equal(student_weights(taught), student_weights(labelled))
+
+
+# The teacher has 2 layers of width 16 with 2 heads. Each case: the student's changes, the features, the parts' names.
+FEATURES = {
+    "hidden states of a narrower student": (
+        {"hidden_size": 8}, [{"kind": "hidden_mse", "weight": 2.0}, {"kind": "hidden_cosine", "layers": [[0, 1]]}],
+        ["hidden_mse", "hidden_cosine"],
+    ),
+    "embeddings and attention": (
+        {"dropout": 0.0}, [{"kind": "embeddings_mse"}, {"kind": "attention_kl"}, {"kind": "attention_mse"}],
+        ["embeddings_mse", "attention_kl", "attention_mse"],
+    ),
+    "relations": (
+        {"hidden_size": 8},
+        [{"kind": f"{name}_relation", "relation_heads": 4} for name in ("query", "key", "value")],
+        ["query_relation", "key_relation", "value_relation"],
+    ),
+    "examples, and one kind twice": (
+        {"dropout": 0.0},
+        [
+            {"kind": "rkd_distance", "weight": 500.0}, {"kind": "rkd_angle", "weight": 500.0},
+            {"kind": "rkd_distance", "weight": 500.0, "layers": [[0, 0]]},
+        ],
+        ["rkd_distance", "rkd_angle", "rkd_distance_2"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FEATURES)
+def test_feature_losses_train_the_student_and_leave_no_trace_in_it(runs, case: str):
+    student, features, names = FEATURES[case]
+    changes = {"train.loss.features": features, "train.log_every": 1, "train.epochs": 25, "train.learning_rate": 3e-3}
+    changes |= {f"student.{name}": value for name, value in student.items()}
+    folder, answer = runs.trained(changes)
+    assert answer["error"] is None
+    curve = points(folder, "train")
+    for name in names:
+        # Near 0 the attention's KL may round to just below it: its inputs sum to 1 within float32 only.
+        assert all(math.isfinite(point[name]) and point[name] > -1e-6 for point in curve)
+        assert np.mean([p[name] for p in curve[-20:]]) < np.mean([p[name] for p in curve[:8]]), f"{name} does not fall"
+    weights = dict(zip(names, (feature.get("weight", 1.0) for feature in features), strict=True))
+    for point in curve:
+        expected = 0.9 * point["kl"] + 0.1 * point["cross_entropy"] + sum(w * point[n] for n, w in weights.items())
+        assert point["loss"] == pytest.approx(expected, rel=1e-5)
+    assert not [name for name in student_weights(folder) if "projection" in name or name.startswith("student.")]
+
+
+def test_a_training_with_projections_goes_on_after_a_kill_to_the_same_weights(runs):
+    changes = {"train.loss.features": [{"kind": "hidden_mse"}], "student.hidden_size": 8}
+    whole, answer = runs.trained(changes)
+    operations = answer["operations"]
+    number = len(operations) - operations[::-1].index("rename step-00000006")
+    folder, killed = runs.trained(changes, fault=f"{number}:kill")
+    assert killed == {"exit": -9}
+    again = runs.run(folder, "train", changes=changes)
+    assert again["error"] is None
+    assert next(post["going_on_from"] for post in again["posts"] if "going_on_from" in post) == 4
+    assert equal(student_weights(folder), student_weights(whole))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": [{"kind": "attention_kl"}]}, "features[0]: attention_kl: the student's attention must be seen"),
+        (
+            {"features": [{"kind": "hidden_mse"}, {"kind": "hidden_mse", "layers": [[0, 2]]}]},
+            "features[1]: hidden_mse: layer map: the teacher has no layer 2, it has 2, counted from 0 to 1",
+        ),
+        (
+            {"features": [{"kind": "key_relation", "relation_heads": 3}]},
+            "features[0]: key_relation: 3 relation heads do not divide the teacher's width 16",
+        ),
+    ],
+)
+def test_features_that_a_model_does_not_have_are_refused_before_anything_is_written(runs, changes, message: str):
+    folder, answer = runs.trained({f"train.loss.{name}": value for name, value in changes.items()})
+    assert f"train.loss.{message}" in answer["error"]
+    assert not (folder / "train").exists()

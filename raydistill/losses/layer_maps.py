@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 LayerPairs = tuple[tuple[int, int], ...]
-Strategy = Literal["uniform", "last", "skip"]
+Strategy = Literal["uniform", "last", "skip", "final"]
 
 
 def layer_map(strategy: Strategy | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int) -> LayerPairs:
@@ -17,6 +17,7 @@ def layer_map(strategy: Strategy | Sequence[tuple[int, int]], student_layers: in
     - `uniform`: the first to the first, the last to the last, those between at even distances (halves round up); a
       student of one layer learns from the last. A student may be deeper than its teacher.
     - `last`: all n layers of the student to the teacher's last n.
+    - `final`: the student's last layer to the teacher's last, and no other.
     - `skip`: to every k-th layer up to the last, with k = teacher_layers // student_layers (BERT-PKD, Sun et al. 2019,
       arXiv:1908.09355, section 3.2, where 12 to 6 skips every other one; here the last is always among them).
 
@@ -31,8 +32,10 @@ def layer_map(strategy: Strategy | Sequence[tuple[int, int]], student_layers: in
         return _checked(tuple(strategy), student_layers, teacher_layers)
     if strategy == "uniform":
         return _uniform(student_layers, teacher_layers)
+    if strategy == "final":
+        return ((student_layers - 1, teacher_layers - 1),)
     if strategy not in ("last", "skip"):
-        raise ValueError(f"layer map: found {strategy!r}. Use uniform, last, skip or pairs of layers")
+        raise ValueError(f"layer map: found {strategy!r}. Use uniform, last, skip, final or pairs of layers")
     if student_layers > teacher_layers:
         raise ValueError(
             f"layer map {strategy}: the student has {student_layers} layers, the teacher {teacher_layers}."
@@ -52,7 +55,7 @@ def _uniform(student_layers: int, teacher_layers: int) -> LayerPairs:
 
 def _checked(pairs: LayerPairs, student_layers: int, teacher_layers: int) -> LayerPairs:
     if not pairs:
-        raise ValueError("layer map: found no pairs of layers. Give at least one, or uniform, last or skip")
+        raise ValueError("layer map: found no pairs of layers. Give at least one, or uniform, last, skip or final")
     for pair in pairs:
         if len(pair) != 2 or any(type(layer) is not int for layer in pair):
             raise ValueError(f"layer map: found {pair!r}, expected a pair of whole numbers (student, teacher)")

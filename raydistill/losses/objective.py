@@ -3,12 +3,13 @@
 Shapes: N rows, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from raydistill.losses.feature_objective import FeatureTerm
 from raydistill.losses.multilabel import binary_cross_entropy_sum
 from raydistill.losses.registry import RESPONSE_LOSSES, ResponseLoss
 from raydistill.losses.response import check_label_smoothing, cross_entropy_sum, teacher_labels
@@ -18,13 +19,14 @@ from raydistill.targets import TeacherTargets
 
 @dataclass(frozen=True)
 class Objective:
-    """alpha * response loss + (1 - alpha) * cross-entropy with hard targets (Hinton et al. 2015, section 2).
+    """alpha * response loss + (1 - alpha) * cross-entropy with hard targets (Hinton et al. 2015, section 2) + features.
 
     kind and parameters name the response loss in RESPONSE_LOSSES; the default, forward KL, is
     temperature^2 * KL(teacher || student). standardise: the response loss sees standardised logits, the cross-entropy
     never does. hard_targets: the data's labels, or the teacher's most likely class of every row (for a multi-label
     loss, each class that the teacher finds likelier than not), which then are the labels of the response loss too.
-    With alpha 0 and the data's labels no teacher is needed. For a multi-label loss labels are (N, K) and the
+    features: terms that are added, each with its weight, so that neither alpha nor the temperature touches them. With
+    alpha 0, the data's labels and no features no teacher is needed. For a multi-label loss labels are (N, K) and the
     cross-entropy is the binary one, summed over classes, also with alpha 0.
 
     Raises ValueError for an unknown kind, a parameter that the loss does not have or that is out of its bounds, and
@@ -38,6 +40,7 @@ class Objective:
     standardise: bool = False
     label_smoothing: float = 0.0
     hard_targets: Literal["labels", "teacher"] = "labels"
+    features: tuple[FeatureTerm, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in RESPONSE_LOSSES:
@@ -62,41 +65,64 @@ class Objective:
 
     @property
     def needs_teacher(self) -> bool:
-        return self.alpha > 0 or self.hard_targets == "teacher"
+        return self.alpha > 0 or self.hard_targets == "teacher" or bool(self.features)
 
     @property
     def part_names(self) -> tuple[str, ...]:
         """The names of the parts that every call reports, in their order."""
-        return ("cross_entropy", *((self.response.part or self.kind,) if self.alpha > 0 else ()))
+        response = (self.response.part or self.kind,) if self.alpha > 0 else ()
+        return ("cross_entropy", *response, *(term.name or term.kind for term in self.features))
 
     def __call__(
-        self, student_logits_NK: torch.Tensor, labels_N: torch.Tensor, teacher: TeacherTargets | None
+        self,
+        student_logits_NK: torch.Tensor,
+        labels_N: torch.Tensor,
+        teacher: TeacherTargets | None,
+        *,
+        student_features: Sequence[Sequence[torch.Tensor]] = (),
+        mask_NL: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss summed over rows, and its parts before weighting, also sums, detached.
 
-        The parts are "cross_entropy" and the response loss by its kind, but for forward KL, which is "kl" and includes
-        the square of the temperature. KL at temperature 1 is not computed beside another loss: it would cost a
-        second pass over all classes in each step, and validation reports it.
+        student_features are what the student has for each feature term, as TeacherTargets.features is of the teacher,
+        and mask_NL says which tokens are real. The parts are "cross_entropy", the response loss by its kind (forward
+        KL as "kl", which includes the square of the temperature) and the feature terms by their names. KL at
+        temperature 1 is not computed beside another loss: it would cost a second pass over all classes in each step,
+        and validation reports it.
 
         A row without a label (-100) adds to the response loss only. The caller divides by the count of all rows, so
         every row weighs alpha in the response loss, and the cross-entropy's share falls with that of labelled rows.
         Raises ValueError when the teacher is needed and there is none.
         """
         if self.needs_teacher and teacher is None:
-            wants = f"alpha {self.alpha}" if self.alpha > 0 else "hard_targets teacher"
+            wants = f"alpha {self.alpha}" if self.alpha > 0 else "an objective with hard_targets teacher or features"
             raise ValueError(f"{wants} needs the teacher's logits and the batch carries none")
         if teacher is not None and self.hard_targets == "teacher":
             labels_N = self._labels_of(teacher)
         hard_loss = binary_cross_entropy_sum if self.response.multi_label else cross_entropy_sum
         cross_entropy = hard_loss(student_logits_NK, labels_N, label_smoothing=self.label_smoothing)
-        if teacher is None or self.alpha == 0:
-            return cross_entropy, {"cross_entropy": cross_entropy.detach()}
+        losses, weights = [cross_entropy], [1 - self.alpha]
+        if self.alpha > 0:
+            assert teacher is not None
+            losses.append(self._response(teacher, student_logits_NK, labels_N))
+            weights.append(self.alpha)
+        if self.features:
+            assert teacher is not None
+            assert mask_NL is not None
+            for term, theirs, ours in zip(self.features, teacher.features, student_features, strict=True):
+                losses.append(term.sum(theirs, ours, mask_NL))
+                weights.append(term.weight)
+        parts = {name: loss.detach() for name, loss in zip(self.part_names, losses, strict=True)}
+        total = losses[0] if len(losses) == 1 else sum(w * loss for w, loss in zip(weights, losses, strict=True))
+        return torch.as_tensor(total), parts
+
+    def _response(
+        self, teacher: TeacherTargets, student_logits_NK: torch.Tensor, labels_N: torch.Tensor
+    ) -> torch.Tensor:
         sides = (teacher.logits_NK, student_logits_NK)
         if self.standardise:
             sides = (standardise(sides[0]), standardise(sides[1]))
-        response = self.response(*sides, labels_N, temperature=self.temperature, parameters=self.parameters)
-        parts = dict(zip(self.part_names, (cross_entropy.detach(), response.detach()), strict=True))
-        return self.alpha * response + (1 - self.alpha) * cross_entropy, parts
+        return self.response(*sides, labels_N, temperature=self.temperature, parameters=self.parameters)
 
     def _labels_of(self, teacher: TeacherTargets) -> torch.Tensor:
         if self.response.multi_label:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,19 @@ from raydistill.engine import Engine
 from raydistill.errors import UserError
 from raydistill.losses.objective import Objective
 from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
-from raydistill.models import ModelSource, build_student, count_parameters, save_classifier, start_classifier
+from raydistill.models import (
+    ModelSource,
+    build_student,
+    count_parameters,
+    load_classifier,
+    save_classifier,
+    start_classifier,
+)
 from raydistill.record.commit import commit_folder, read_manifest
 from raydistill.record.store import naming, open_store
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import Curves
+from raydistill.taught import FeatureTeacher, TaughtStudent, student_weights
 
 LOWER_IS_BETTER = ("nll", "kl")
 VALIDATION_TOKENS = {"cpu": 2048, "cuda": 65_536}
@@ -91,6 +99,9 @@ class _Worker:
         self.post, self.stopped = post, stopped
         self.checkpoints = Checkpoints(self.store, job.folder, job.fingerprint)
         self.model, self.tokenizer = build_model(job)
+        self.teacher = None
+        if job.objective.features:
+            self.model, self.teacher = with_features(job, self.model, self.device)
         if job.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.train_split, self.validation_split = (self._split(s) for s in ("train", "validation"))
@@ -154,13 +165,9 @@ class _Worker:
         started = time.perf_counter()
         torch.manual_seed(_dropout_seed(self.settings.seed, self.state.step, self.rank))
         for batch in batches:
-            logits = self.engine.logits(batch.inputs)
+            loss, parts = self._loss(batch)
             if batch.rows:
-                teacher = batch.teacher.to(self.device) if batch.teacher and self.job.objective.needs_teacher else None
-                loss, parts = self.job.objective(logits, batch.labels_N.to(self.device), teacher)
                 self.meter.add(loss.detach(), parts, batch.rows)
-            else:
-                loss = logits.sum() * 0
             self.engine.backward(loss, global_rows)
         rate = learning_rate(self.settings, self.state.step, self.total)
         self.engine.step(rate)
@@ -169,6 +176,19 @@ class _Worker:
         self.meter.end_step(time.perf_counter() - started)
         if self.state.step % self.settings.log_every == 0 or self.state.step % self.per_epoch == 0:
             self._report(rate)
+
+    def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The sum over a micro-batch's rows and its parts; 0, with the graph of a forward, for one without rows."""
+        logits, features = self.engine.outputs(batch.inputs)
+        if not batch.rows:
+            return sum((feature.sum() for feature in features), logits.sum()) * 0, {}
+        objective, labels = self.job.objective, batch.labels_N.to(self.device)
+        targets = batch.teacher.to(self.device) if batch.teacher and objective.needs_teacher else None
+        if self.teacher is None or targets is None:
+            return objective(logits, labels, targets)
+        targets = replace(targets, features=self.teacher.features(batch.inputs))
+        ours, mask = self.model.grouped(features), batch.inputs["attention_mask"].to(self.device)
+        return objective(logits, labels, targets, student_features=ours, mask_NL=mask)
 
     def _report(self, rate: float) -> None:
         """Sums the last steps over all ranks, checks them and adds a point to the curves."""
@@ -252,14 +272,17 @@ class _Worker:
         staged.mkdir(parents=True)
         length = self.job.config.data.max_length
         with naming(staged):
-            save_classifier(self.model, self.tokenizer, chosen.weights(), staged, max_length=length)
+            model, weights = self.model, chosen.weights()
+            if isinstance(model, TaughtStudent):
+                model, weights = model.student, student_weights(weights)
+            save_classifier(model, self.tokenizer, weights, staged, max_length=length)
         facts = {
             "metric": self.job.metric,
             "value": value,
             "step": step,
             "steps": self.state.step,
             "seconds": round(self.state.seconds, 1),
-            "parameters": count_parameters(self.model),
+            "parameters": count_parameters(model),
             "precision": self.job.precision,
         }
         commit_folder(self.store, staged, self.job.product, self.job.fingerprint, facts)
@@ -270,6 +293,17 @@ class _Worker:
         for split in (self.train_split, self.validation_split):
             split.close()
         self.engine.close()
+        if self.teacher is not None:
+            self.teacher.close()
+            self.model.close()
+
+
+def with_features(job: TrainingJob, student: Any, device: torch.device) -> tuple[TaughtStudent, FeatureTeacher]:
+    """The student with its projections, and the teacher that runs beside it."""
+    terms, dtype = job.objective.features, {"fp32": torch.float32}.get(job.precision, torch.bfloat16)
+    teacher = load_classifier("teacher.model", job.source.folder(), dtype=dtype)
+    taught = TaughtStudent(student, terms, teacher_width=teacher.config.hidden_size, seed=job.settings.seed)
+    return taught, FeatureTeacher(teacher, terms, device=device)
 
 
 def build_model(job: TrainingJob) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from raydistill.errors import UserError
 from raydistill.models import ModelSource, check_architecture, check_length, find_model, label_order
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
+from raydistill.stages.features import feature_terms
 from raydistill.stages.progress import size
 from raydistill.stages.teach import cache_plan, teacher_source
 from raydistill.stages.trainer import settings_of, training_plan
@@ -45,6 +46,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         check_architecture(config.student.model_type)
     elif config.student.init == "teacher_layers" and config.student.layers:
         _check_layers(folder, config.student.layers)
+    feature_terms(config, folder)
 
 
 def _check_layers(folder: Path, layers: tuple[int, ...]) -> None:
@@ -97,6 +99,7 @@ class Cost:
     teacher_forwards: int
     cache_bytes: int
     steps: dict[str, int]
+    feature_forwards: int = 0
 
     def lines(self) -> list[str]:
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
@@ -105,6 +108,11 @@ class Cost:
             f"teacher forwards for the cache: {self.teacher_forwards:,} rows, once each",
             f"cache: {size(self.cache_bytes)}",
             f"optimiser steps at most: {steps}",
+            *(
+                [f"teacher forwards for its features: {self.feature_forwards:,} rows at most, beside the training"]
+                if self.feature_forwards
+                else []
+            ),
         ]
 
 
@@ -120,4 +128,5 @@ def cost(config: Config, rows: dict[str, int], classes: int) -> Cost:
             continue
         settings, _ = settings_of(config, role)
         steps[role] = settings.epochs * steps_per_epoch(rows["train"], settings.batch_size)
-    return Cost(rows, forwards, forwards * (classes * per_class + per_row), steps)
+    beside = config.train.epochs * rows["train"] if config.train.loss.features else 0
+    return Cost(rows, forwards, forwards * (classes * per_class + per_row), steps, beside)

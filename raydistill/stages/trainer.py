@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 import uuid
+from dataclasses import replace
 from typing import Any
 
 from raydistill.config import (
@@ -33,6 +34,7 @@ from raydistill.stages.cluster import (
     share_for_training,
     worker_environment,
 )
+from raydistill.stages.features import feature_terms
 from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
 
@@ -129,7 +131,9 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
     objective = Objective()
     if isinstance(settings, Train):
         smoothing = settings.loss.label_smoothing
-        objective = student_objective(settings.loss) if role == "student" else Objective(label_smoothing=smoothing)
+        objective = Objective(label_smoothing=smoothing)
+        if role == "student":
+            objective = replace(student_objective(settings.loss), features=feature_terms(config, source.folder()))
     # A control has no teacher, in its choice of checkpoint neither.
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
     return TrainingJob(

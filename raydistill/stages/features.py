@@ -1,0 +1,69 @@
+"""The feature losses of the config as terms of an objective, checked against teacher and student before any worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raydistill.config import Config, Features
+from raydistill.errors import UserError
+from raydistill.feature_tap import ARCHITECTURES
+from raydistill.losses.feature_objective import FEATURE_LOSSES, FeatureTerm
+from raydistill.losses.layer_maps import layer_map
+from raydistill.models import Shape, find_model, shape_of, student_shape, tokenizer_identity
+
+OF_LAYERS_INSIDE = ("attention", "queries", "keys", "values")
+
+
+def feature_terms(config: Config, teacher_folder: Path) -> tuple[FeatureTerm, ...]:
+    """The terms of `train.loss.features`. Raises UserError, naming the entry, for what either model does not have."""
+    if not config.train.loss.features:
+        return ()
+    teacher = shape_of(teacher_folder)
+    student = student_shape(config.student, teacher_folder)
+    if config.student.init == "pretrained":
+        _check_tokenizer(config, teacher_folder)
+    terms: list[FeatureTerm] = []
+    for number, asked in enumerate(config.train.loss.features):
+        try:
+            term = _term(asked, teacher, student)
+            _check(term, teacher, student, dropout=config.student.dropout)
+        except ValueError as error:
+            raise UserError(f"train.loss.features[{number}]: {asked.kind}: {error}") from None
+        twins = sum(other.kind == term.kind for other in terms)
+        name = f"{term.kind}_{twins + 1}" if twins else term.kind
+        terms.append(FeatureTerm(term.kind, term.weight, term.pairs, term.relation_heads, name))
+    return tuple(terms)
+
+
+def _term(asked: Features, teacher: Shape, student: Shape) -> FeatureTerm:
+    definition = FEATURE_LOSSES[asked.kind]
+    pairs = ((0, 0),)
+    if definition.what != "embeddings":
+        pairs = layer_map(asked.layers or definition.layers, student.layers, teacher.layers)  # type: ignore[arg-type]
+    heads = asked.relation_heads or teacher.heads if definition.relation else None
+    return FeatureTerm(asked.kind, asked.weight, pairs, heads)
+
+
+def _check(term: FeatureTerm, teacher: Shape, student: Shape, *, dropout: float | None) -> None:
+    what = term.definition.what
+    for owner, shape in (("teacher", teacher), ("student", student)):
+        if what in OF_LAYERS_INSIDE and shape.model_type not in ARCHITECTURES:
+            known = ", ".join(sorted(ARCHITECTURES))
+            raise ValueError(f"the {owner} is a {shape.model_type}; attention and projections are known of {known}")
+        if term.relation_heads and shape.width % term.relation_heads:
+            raise ValueError(
+                f"{term.relation_heads} relation heads do not divide the {owner}'s width {shape.width}."
+                " Set relation_heads to a number that divides both widths"
+            )
+    if what == "attention" and dropout != 0:
+        raise ValueError("the student's attention must be seen without dropout. Set student.dropout=0")
+
+
+def _check_tokenizer(config: Config, teacher_folder: Path) -> None:
+    assert config.student.model is not None
+    student = find_model("student.model", config.student.model, config.student.revision)
+    if tokenizer_identity(student) != tokenizer_identity(teacher_folder):
+        raise UserError(
+            f"train.loss.features: {student}: has another tokenizer than the teacher, so that their tokens cannot be"
+            " compared. Choose a student with the teacher's tokenizer, or remove the features"
+        )
