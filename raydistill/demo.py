@@ -17,7 +17,7 @@ VOCABULARY = 1500
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def demo_config(storage: Path, *, train_rows: int = 4000, test_rows: int = 2000) -> Config:
+def demo_config(storage: Path, *, train_rows: int = 3000, test_rows: int = 2000) -> Config:
     """Writes the demo's tickets and starting model below `storage`/demo-input; the configuration of its run."""
     folder = storage / "demo-input"
     train, test = write_tickets(folder, train_rows=train_rows, test_rows=test_rows)
@@ -30,12 +30,19 @@ def demo_config(storage: Path, *, train_rows: int = 4000, test_rows: int = 2000)
         "data": {"train": str(train), "test": str(test), "label": "category", "max_length": 64, "shard_rows": 1024},
         "teacher": {
             "model": str(folder / "model"),
-            "fine_tune": {"epochs": 5, "learning_rate": 1.0e-3},
+            "fine_tune": {"epochs": 4, "learning_rate": 1.0e-3},
             "codec": "dense-int8",
         },
         "student": {"init": "config", "hidden_size": 32, "num_layers": 2, "num_heads": 2, "dropout": 0.05},
-        # The labels of ambiguous tickets are drawn; the teacher's probabilities alone are the better target.
-        "train": {"epochs": 12, "learning_rate": 4.0e-3, "loss": {"temperature": 2.0, "alpha": 1.0}},
+        # The labels of ambiguous tickets are drawn; the teacher's probabilities alone are the better target. 300
+        # validation rows cannot tell epochs apart.
+        "train": {
+            "epochs": 10,
+            "learning_rate": 4.0e-3,
+            "choose": "last",
+            "cpus_per_worker": 1,
+            "loss": {"temperature": 2.0, "alpha": 1.0},
+        },
     }
     return validate(settings, {}, "demo")
 
