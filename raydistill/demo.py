@@ -37,7 +37,7 @@ def demo_config(storage: Path, *, train_rows: int = 3000, test_rows: int = 2000)
         # The labels of ambiguous tickets are drawn; the teacher's probabilities alone are the better target. 300
         # validation rows cannot tell epochs apart.
         "train": {
-            "epochs": 10,
+            "epochs": 8,
             "learning_rate": 4.0e-3,
             "choose": "last",
             "cpus_per_worker": 1,
