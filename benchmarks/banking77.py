@@ -24,11 +24,11 @@ SETTINGS = {
     "data": {"label": "category", "max_length": 64, "validation": 0.02, "shard_rows": 1024},
     "teacher": {"fine_tune": {"epochs": 4, "learning_rate": 2.0e-4, "choose": "last"}, "codec": "dense-int8"},
     "student": {"init": "config", "hidden_size": 128, "num_layers": 2},
-    "train": {"epochs": 20, "learning_rate": 1.0e-3, "metric": "kl", "loss": {"temperature": 4.0, "alpha": 0.9}},
+    "train": {"epochs": 20, "learning_rate": 1.0e-3, "choose": "last", "loss": {"temperature": 4.0, "alpha": 0.9}},
 }
 ONE_LAYER = {
     "student": {"init": "teacher_layers", "layers": [0]},
-    "train": {"epochs": 10, "learning_rate": 5.0e-4, "metric": "kl", "loss": {"temperature": 4.0, "alpha": 0.9}},
+    "train": {"epochs": 10, "learning_rate": 5.0e-4, "choose": "last", "loss": {"temperature": 4.0, "alpha": 0.9}},
     "evaluate": {"control": False},
 }
 

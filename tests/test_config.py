@@ -91,11 +91,13 @@ def test_a_short_file_gets_the_defaults(file: Path):
 def test_the_readme_s_config_is_taken(file: Path):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     blocks = [textwrap.dedent(block) for block in re.findall(r"^ *```yaml\n(.*?)^ *```$", readme, re.M | re.S)]
-    assert blocks
-    for block in blocks:
+    whole, features = map(yaml.safe_load, blocks)
+    whole["train"]["loss"] |= features["train"]["loss"]  # the second block says what to add to the first
+    for block in (blocks[0], yaml.safe_dump(whole)):
         config = load(file, block)
         assert config.teacher.fine_tune is not None
         assert config.student.layers == (1, 3, 5)
+    assert [feature.kind for feature in config.train.loss.features] == ["hidden_mse", "value_relation"]
 
 
 def test_overrides_set_numbers_lists_text_sections_and_nothing(file: Path):

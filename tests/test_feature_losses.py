@@ -525,7 +525,7 @@ def test_explicit_pairs_are_kept_in_their_order():
         ([(0, 1.0)], "expected a pair of whole numbers"),
         ([(True, 1)], "expected a pair of whole numbers"),
         ([], "found no pairs"),
-        ("even", "found 'even'. Use uniform, last, skip or pairs"),
+        ("even", "found 'even'. Use uniform, last, skip, final or pairs"),
     ],
 )
 def test_layer_maps_that_cannot_be_are_refused(pairs: list[tuple[int, int]], message: str):

@@ -95,7 +95,8 @@ class Objective:
         Raises ValueError when the teacher is needed and there is none.
         """
         if self.needs_teacher and teacher is None:
-            wants = f"alpha {self.alpha}" if self.alpha > 0 else "an objective with hard_targets teacher or features"
+            others = "hard_targets teacher" if self.hard_targets == "teacher" else "features"
+            wants = f"alpha {self.alpha}" if self.alpha > 0 else others
             raise ValueError(f"{wants} needs the teacher's logits and the batch carries none")
         if teacher is not None and self.hard_targets == "teacher":
             labels_N = self._labels_of(teacher)
