@@ -122,3 +122,17 @@ def test_bag_of_words_is_well_above_chance_and_well_below_the_best(tickets: list
     categories = [ticket.category for ticket in tickets]
     model = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000)).fit(texts[:3000], categories[:3000])
     assert 0.75 < model.score(texts[3000:], categories[3000:]) < 0.90
+
+
+def test_the_demo_that_is_started_again_finds_the_same_input(tmp_path: Path):
+    # Its tokenizer came out differently each time, so that a demo that was killed refused to go on.
+    from raydistill.demo import demo_config
+
+    def input_files() -> dict[str, bytes]:
+        return {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    first = demo_config(tmp_path, train_rows=200, test_rows=20)
+    before = input_files()
+    assert demo_config(tmp_path, train_rows=200, test_rows=20) == first
+    assert input_files() == before
+    assert "demo-input/model/tokenizer.json" in before
