@@ -73,7 +73,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, redo: Redo = None)
 def demo(
     storage: Annotated[Path, typer.Option(help="folder for the demo's input and run")] = Path("runs"),
 ) -> None:
-    """The whole way on generated support tickets: CPU only, no network, about two minutes."""
+    """The whole way on generated support tickets: CPU only, no network, about three minutes."""
     from raydistill.demo import demo_config
 
     try:

@@ -36,6 +36,7 @@ from raydistill.record.commit import commit_folder, read_manifest
 from raydistill.record.store import naming, open_store
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import Curves
+from raydistill.stages.meter import Meter
 from raydistill.taught import FeatureTeacher, TaughtStudent, student_weights
 
 LOWER_IS_BETTER = ("nll", "kl")
@@ -122,7 +123,7 @@ class _Worker:
         self.per_epoch = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
         self.total = self.per_epoch * job.settings.epochs
         self.curves = Curves(self.store, job.folder, self.state.step) if self.rank == 0 else None
-        self.meter = _Meter(job.objective.part_names, self.device)
+        self.meter = Meter(job.objective.part_names, self.device)
 
     def _split(self, split: str) -> Split:
         store = open_store(self.job.data_url)
@@ -204,7 +205,7 @@ class _Worker:
         values |= {
             "learning_rate": rate,
             "grad_norm": self.engine.grad_norm,
-            "rows_per_second": float(sums[:, _Meter.ROWS].sum()) / max(seconds, 1e-9),
+            "rows_per_second": float(sums[:, Meter.ROWS].sum()) / max(seconds, 1e-9),
         }
         if self.curves:
             self.curves.add(self.state.step, self.state.step / self.per_epoch, values)
@@ -371,43 +372,6 @@ def _validation_sums(worker: _Worker, batch: Batch, classes: int) -> torch.Tenso
     hits_N = labels_N[predicted_N == labels_N]
     counts = [torch.bincount(values, minlength=classes) for values in (labels_N, predicted_N, hits_N)]
     return torch.cat([scalars.double(), *(c.double() for c in counts)])
-
-
-class _Meter:
-    """Sums of the last steps (loss, its parts, rows), kept on the device so that no step waits for them."""
-
-    ROWS = -1
-
-    def __init__(self, parts: tuple[str, ...], device: torch.device) -> None:
-        self._names = ("loss", *parts)
-        self._device = device
-        self._rows: list[torch.Tensor] = []
-        self._step = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=device)
-        self._seconds = 0.0
-
-    @property
-    def steps(self) -> int:
-        return len(self._rows)
-
-    def add(self, loss: torch.Tensor, parts: dict[str, torch.Tensor], rows: int) -> None:
-        count = torch.tensor(float(rows), device=self._device)
-        self._step += torch.stack([loss.float(), *(parts[name].float() for name in self._names[1:]), count])
-
-    def end_step(self, seconds: float) -> None:
-        self._rows.append(self._step)
-        self._step = torch.zeros_like(self._step)
-        self._seconds += seconds
-
-    def take(self) -> tuple[torch.Tensor, float]:
-        """The sums of each step since the last call, one row a step, and the seconds that they took."""
-        sums, seconds = torch.stack(self._rows), self._seconds
-        self._rows, self._seconds = [], 0.0
-        return sums, seconds
-
-    def means(self, sums: torch.Tensor) -> dict[str, float]:
-        """Means per row over the steps: the loss and its parts."""
-        totals = (sums.sum(dim=0) / sums[:, self.ROWS].sum()).tolist()
-        return dict(zip(self._names, totals[: self.ROWS], strict=True))
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
