@@ -1,21 +1,19 @@
-"""Teacher and student: find, check, build, load and save Hugging Face classifiers.
+"""Hugging Face classifiers on disk: find, check, load and save them.
 
 Weights are read from safetensors alone; repositories with code of their own (`auto_map`) are refused.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError, first_line
 from raydistill.record.fingerprint import digest
 from raydistill.record.store import open_store, sha256_file
@@ -30,8 +28,6 @@ OFFSET_POSITIONS = (
     "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
 )  # fmt: skip
-FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "n_inner")
-MIN_POSITIONS = 128
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -137,18 +133,6 @@ def _digest_of(path: Path, size: int, time_ns: int) -> str:
     return sha256_file(path)
 
 
-def check_architecture(model_type: str) -> None:
-    """Raises UserError when transformers has no such architecture."""
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.for_model(model_type)
-    except ValueError:
-        raise UserError(
-            f"student.model_type: transformers knows no {model_type!r}. Use bert, distilbert, roberta …"
-        ) from None
-
-
 def load_classifier(setting: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """The classifier in a folder, in eval mode. Raises UserError when it does not load."""
     from transformers import AutoModelForSequenceClassification
@@ -214,11 +198,11 @@ def positions(folder: Path) -> int | None:
     """The longest input that a model takes, where its configuration says so."""
     config = json.loads((folder / "config.json").read_text())
     longest = config.get("max_position_embeddings", config.get("n_positions"))
-    offset = _position_offset(config.get("model_type"), config.get("pad_token_id"))
+    offset = position_offset(config.get("model_type"), config.get("pad_token_id"))
     return None if longest is None or longest < 0 else longest - offset
 
 
-def _position_offset(model_type: str | None, pad_id: int | None) -> int:
+def position_offset(model_type: str | None, pad_id: int | None) -> int:
     """Positions that an architecture leaves unused before the first token's."""
     return (pad_id or 0) + 1 if model_type in OFFSET_POSITIONS else 0
 
@@ -246,153 +230,6 @@ def shape_of(folder: Path) -> Shape:
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     return Shape(config.model_type, config.num_hidden_layers, config.num_attention_heads, config.hidden_size)
-
-
-def student_shape(settings: Any, teacher_folder: Path) -> Shape:
-    """The shape that the `student` section asks for."""
-    if settings.init == "pretrained":
-        return shape_of(find_model("student.model", settings.model, settings.revision))
-    if settings.init == "config":
-        heads = settings.num_heads or max(1, settings.hidden_size // 64)
-        return Shape(settings.model_type, settings.num_layers, heads, settings.hidden_size)
-    teacher = shape_of(teacher_folder)
-    return replace(teacher, layers=len(settings.layers or every_other(teacher.layers)))
-
-
-def every_other(count: int) -> list[int]:
-    """The layers of a student that names none: the second, the fourth and so on, or the only one."""
-    return list(range(1, count, 2)) or [0]
-
-
-def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float | None) -> Any:
-    """A student of some of the teacher's layers, its embeddings and its head (DistilBERT, arXiv:1910.01108, section 2).
-
-    Raises UserError when the architecture has no one stack of layers, or a layer is not there or does not fit.
-    """
-    count = teacher.config.num_hidden_layers
-    chosen = every_other(count) if layers is None else layers
-    if chosen[-1] >= count:
-        raise UserError(f"student.layers: found {chosen[-1]}, the teacher's layers are 0 to {count - 1}")
-    stack = _layer_stack(teacher, count)
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = len(chosen)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [config.layer_types[layer] for layer in chosen]
-    set_dropout(config, dropout)
-    weights = {}
-    for name, value in teacher.state_dict().items():
-        if not name.startswith(f"{stack}."):
-            weights[name] = value
-            continue
-        number, _, rest = name.removeprefix(f"{stack}.").partition(".")
-        if int(number) in chosen:
-            weights[f"{stack}.{chosen.index(int(number))}.{rest}"] = value
-    try:
-        student = type(teacher)(config)
-        student.load_state_dict(weights)
-    except (ValueError, RuntimeError, AssertionError):
-        raise UserError(
-            f"student.layers: found {chosen}; the layers of {type(teacher).__name__} differ, and these do not fit one"
-            " after the other. Choose others, or use init: config or init: pretrained"
-        ) from None
-    return student
-
-
-def _layer_stack(model: Any, count: int) -> str:
-    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    if len(found) != 1:
-        raise UserError(
-            f"student.init: teacher_layers: {type(model).__name__} has {len(found)} stacks of {count} layers,"
-            " expected one."
-            " Use init: config or init: pretrained"
-        )
-    return found[0]
-
-
-def student_from_config(settings: Any, tokenizer: Any, labels: list[str], max_length: int) -> Any:
-    """A new student with the sizes in the `student` section. Call torch.manual_seed first.
-
-    Raises UserError when transformers has no such architecture or it does not take these sizes.
-    """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    id2label, label2id = label_maps(labels)
-    try:
-        sizes = _sizes(settings, AutoConfig.for_model(settings.model_type), tokenizer, max_length)
-        config = AutoConfig.for_model(
-            settings.model_type, **sizes, pad_token_id=tokenizer.pad_token_id, id2label=id2label, label2id=label2id
-        )
-        set_dropout(config, settings.dropout)
-        return AutoModelForSequenceClassification.from_config(config)
-    except (ValueError, KeyError, TypeError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"student.model_type: {settings.model_type!r} cannot be built with these sizes ({first_line(error)})."
-            " Choose another architecture or other sizes"
-        ) from None
-
-
-def _sizes(settings: Any, known: Any, tokenizer: Any, max_length: int) -> dict[str, int]:
-    """The sizes under the names that an architecture's configuration, `known`, has for them."""
-    heads = settings.num_heads or max(1, settings.hidden_size // 64)
-    offset = _position_offset(settings.model_type, tokenizer.pad_token_id)
-    feed_forward = next((name for name in FEED_FORWARD_NAMES if hasattr(known, name)), FEED_FORWARD_NAMES[0])
-    sizes = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": settings.hidden_size,
-        "num_hidden_layers": settings.num_layers,
-        "num_attention_heads": heads,
-        feed_forward: settings.feed_forward or 4 * settings.hidden_size,
-        "max_position_embeddings": max(MIN_POSITIONS, max_length + max(2, offset)),
-    }
-    if unknown := [name for name in sizes if not hasattr(known, name)]:
-        raise ValueError(f"it has no {unknown[0]}")
-    # Left at its default, it may be more than there are heads.
-    return sizes | ({"num_key_value_heads": heads} if hasattr(known, "num_key_value_heads") else {})
-
-
-def set_dropout(config: Any, dropout: float | None) -> None:
-    """Every dropout of an architecture's configuration, when one is given."""
-    for name, value in config.to_dict().items():
-        is_dropout = "dropout" in name or name.endswith("pdrop")
-        if dropout is not None and is_dropout and (value is None or type(value) in (int, float)):
-            setattr(config, name, dropout)
-
-
-def build_student(
-    settings: Any, *, teacher_folder: Path, labels: list[str], max_length: int, seed: int
-) -> tuple[Any, Any]:
-    """The student with its first weights, and its tokenizer, by the `student` section; the same for the same seed."""
-    torch.manual_seed(seed)
-    if settings.init == "pretrained":
-        folder = find_model("student.model", settings.model, settings.revision)
-        student = start_classifier("student.model", folder, labels)
-        tokenizer = load_tokenizer(folder, "student.model")
-        for module in student.modules():
-            if settings.dropout is not None and isinstance(module, torch.nn.Dropout):
-                module.p = settings.dropout
-        set_dropout(student.config, settings.dropout)
-        return student, tokenizer
-    tokenizer = load_tokenizer(teacher_folder, "teacher.model")
-    if settings.init == "config":
-        return student_from_config(settings, tokenizer, labels, max_length), tokenizer
-    teacher = load_classifier("teacher.model", teacher_folder)
-    layers = list(settings.layers) if settings.layers else None
-    student = student_from_layers(teacher, layers, settings.dropout)
-    order = label_order("teacher.model", teacher_folder, labels)
-    _reorder_head(student, order)
-    student.config.id2label, student.config.label2id = label_maps(labels)
-    return student, tokenizer
-
-
-def _reorder_head(model: Any, order: list[int]) -> None:
-    """Puts the rows of the last linear layer, the head, into the order of the data's labels."""
-    if order == list(range(len(order))):
-        return
-    head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(order)][-1]
-    with torch.no_grad():
-        head.weight.copy_(head.weight[order])
-        if head.bias is not None:
-            head.bias.copy_(head.bias[order])
 
 
 def save_classifier(

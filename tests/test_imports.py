@@ -17,7 +17,7 @@ LAYERS = (
     ("losses", "targets"),
     ("cache",),
     ("data",),
-    ("models", "feature_tap", "taught"),
+    ("models", "students", "feature_tap", "taught"),
     ("engine",),
     ("report",),
     ("stages",),
@@ -28,7 +28,7 @@ LAYERS = (
 # Who may import what: heavy packages, and those that tie code to one framework.
 ONLY = {
     "deepspeed": {"engine"},
-    "transformers": {"models", "data", "demo"},
+    "transformers": {"models", "students", "data", "demo"},
     "ray": {"stages", "jobs"},
 }
 MATHS = {"losses", "targets"}

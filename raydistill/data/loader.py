@@ -68,6 +68,11 @@ class Split:
         self._needed: set[int] = set()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether batches carry the teacher's logits."""
+        return self._cache is not None
+
     def shard(self, number: int) -> Shard:
         self.read_ahead([number])
         self._held.move_to_end(number)

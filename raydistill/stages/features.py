@@ -9,7 +9,8 @@ from raydistill.errors import UserError
 from raydistill.feature_tap import ARCHITECTURES
 from raydistill.losses.feature_objective import FEATURE_LOSSES, FeatureTerm
 from raydistill.losses.layer_maps import layer_map
-from raydistill.models import Shape, find_model, shape_of, student_shape, tokenizer_identity
+from raydistill.models import Shape, find_model, shape_of, tokenizer_identity
+from raydistill.students.build import student_shape
 
 OF_LAYERS_INSIDE = ("attention", "queries", "keys", "values")
 

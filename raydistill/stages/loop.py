@@ -23,10 +23,8 @@ from raydistill.data.tokens import load_tokenizer
 from raydistill.engine import Engine
 from raydistill.errors import UserError
 from raydistill.losses.objective import Objective
-from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
 from raydistill.models import (
     ModelSource,
-    build_student,
     count_parameters,
     load_classifier,
     save_classifier,
@@ -37,13 +35,14 @@ from raydistill.record.store import naming, open_store
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import Curves
 from raydistill.stages.meter import Meter
+from raydistill.stages.validation import validation_metrics
+from raydistill.students.build import build_student
 from raydistill.taught import FeatureTeacher, TaughtStudent, student_weights
 
 LOWER_IS_BETTER = ("nll", "kl")
 # torch's fused attention is slower than the plain one in training on a CPU: by a tenth with dropout, by half without.
 # It saves memory where rows are long.
 EAGER_LENGTH = 512
-VALIDATION_TOKENS = {"cpu": 2048, "cuda": 65_536}
 
 
 @dataclass(frozen=True)
@@ -227,7 +226,7 @@ class _Worker:
     def _validate(self) -> None:
         if self.meter.steps:
             self._report(learning_rate(self.settings, self.state.step - 1, self.total))
-        values = validation_metrics(self)
+        values = validation_metrics(self.engine, self.validation_split, classes=len(self.job.labels))
         value = values[self.job.metric]
         better = self.state.best_value is None or (
             value < self.state.best_value if self.job.metric in LOWER_IS_BETTER else value > self.state.best_value
@@ -322,56 +321,6 @@ def build_model(job: TrainingJob) -> tuple[Any, Any]:
     return build_student(
         job.config.student, teacher_folder=folder, labels=labels, max_length=length, seed=job.settings.seed
     )
-
-
-def validation_metrics(worker: _Worker) -> dict[str, float]:
-    """Metrics of the validation split, over all ranks: accuracy, macro F1, NLL, and KL and agreement with the teacher.
-
-    Batches are dealt to the ranks in turn; a rank that runs out repeats its first batch without counting it, because
-    under ZeRO-3 every rank takes part in every forward pass.
-    """
-    classes = len(worker.job.labels)
-    sums = torch.zeros(3 + 3 * classes, dtype=torch.float64, device=worker.device)
-    pending: list[Batch] = []
-    with worker.engine.evaluation():
-        for batch in worker.validation_split.length_batches(VALIDATION_TOKENS[worker.device.type]):
-            pending.append(batch)
-            if len(pending) == worker.world:
-                sums += _validation_sums(worker, pending[worker.rank], classes)
-                pending = []
-        if pending:
-            mine = pending[min(worker.rank, len(pending) - 1)]
-            found = _validation_sums(worker, mine, classes)
-            sums += found if worker.rank < len(pending) else 0
-    dist.all_reduce(sums)
-    nll, kl, agreed = sums[:3].tolist()
-    true, predicted, hits = sums[3:].reshape(3, classes)
-    rows = worker.validation_split.rows
-    present = (true + predicted) > 0
-    values = {
-        "accuracy": float(hits.sum()) / rows,
-        "macro_f1": float((2 * hits / (true + predicted).clamp(min=1))[present].mean()),
-        "nll": nll / rows,
-    }
-    if worker.job.uses_cache:
-        values |= {"kl": kl / rows, "agreement": agreed / rows}
-    return values
-
-
-def _validation_sums(worker: _Worker, batch: Batch, classes: int) -> torch.Tensor:
-    """NLL, KL at temperature 1, agreements, then rows by true class, by predicted class, and hits by class."""
-    logits_NK = worker.engine.logits(batch.inputs)
-    labels_N = batch.labels_N.to(worker.device)
-    predicted_N = logits_NK.argmax(dim=-1)
-    kl = agreed = torch.zeros((), device=worker.device)
-    if batch.teacher is not None:
-        teacher_NK = batch.teacher.to(worker.device).logits_NK
-        kl = forward_kl_sum(teacher_NK, logits_NK, temperature=1.0)
-        agreed = (predicted_N == teacher_NK.argmax(dim=-1)).sum()
-    scalars = torch.stack([cross_entropy_sum(logits_NK, labels_N), kl, agreed.float()])
-    hits_N = labels_N[predicted_N == labels_N]
-    counts = [torch.bincount(values, minlength=classes) for values in (labels_N, predicted_N, hits_N)]
-    return torch.cat([scalars.double(), *(c.double() for c in counts)])
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:

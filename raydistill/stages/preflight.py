@@ -11,13 +11,14 @@ from raydistill.config import Config
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import ModelSource, check_architecture, check_length, find_model, label_order
+from raydistill.models import ModelSource, check_length, find_model, label_order
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
 from raydistill.stages.features import feature_terms
 from raydistill.stages.progress import size
 from raydistill.stages.teach import cache_plan, teacher_source
 from raydistill.stages.trainer import settings_of, training_plan
+from raydistill.students.sizes import check_architecture
 
 CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (1, 4)}
 

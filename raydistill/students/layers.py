@@ -1,0 +1,72 @@
+"""A student of some of its teacher's layers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from raydistill.errors import UserError
+from raydistill.students.sizes import set_dropout
+
+
+def every_other(count: int) -> list[int]:
+    """The layers of a student that names none: the second, the fourth and so on, or the only one."""
+    return list(range(1, count, 2)) or [0]
+
+
+def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float | None) -> Any:
+    """A student of some of the teacher's layers, its embeddings and its head (DistilBERT, arXiv:1910.01108, section 2).
+
+    Raises UserError when the architecture has no one stack of layers, or a layer is not there or does not fit.
+    """
+    count = teacher.config.num_hidden_layers
+    chosen = every_other(count) if layers is None else layers
+    if chosen[-1] >= count:
+        raise UserError(f"student.layers: found {chosen[-1]}, the teacher's layers are 0 to {count - 1}")
+    stack = _layer_stack(teacher, count)
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = len(chosen)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in chosen]
+    set_dropout(config, dropout)
+    weights = {}
+    for name, value in teacher.state_dict().items():
+        if not name.startswith(f"{stack}."):
+            weights[name] = value
+            continue
+        number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+        if int(number) in chosen:
+            weights[f"{stack}.{chosen.index(int(number))}.{rest}"] = value
+    try:
+        student = type(teacher)(config)
+        student.load_state_dict(weights)
+    except (ValueError, RuntimeError, AssertionError):
+        raise UserError(
+            f"student.layers: found {chosen}; the layers of {type(teacher).__name__} differ, and these do not fit one"
+            " after the other. Choose others, or use init: config or init: pretrained"
+        ) from None
+    return student
+
+
+def _layer_stack(model: Any, count: int) -> str:
+    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    if len(found) != 1:
+        raise UserError(
+            f"student.init: teacher_layers: {type(model).__name__} has {len(found)} stacks of {count} layers,"
+            " expected one."
+            " Use init: config or init: pretrained"
+        )
+    return found[0]
+
+
+def reorder_head(model: Any, order: list[int]) -> None:
+    """Puts the rows of the last linear layer, the head, into the order of the data's labels."""
+    if order == list(range(len(order))):
+        return
+    head = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == len(order)][-1]
+    with torch.no_grad():
+        head.weight.copy_(head.weight[order])
+        if head.bias is not None:
+            head.bias.copy_(head.bias[order])
