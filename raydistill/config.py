@@ -24,6 +24,11 @@ def Speed(default: Any, **bounds: Any) -> Any:
     return Field(default=default, json_schema_extra={"speed": True}, **bounds)
 
 
+def Added(default: Any, **bounds: Any) -> Any:
+    """A Field that came after runs were made: at its default it stays out of fingerprints, so that they go on."""
+    return Field(default=default, json_schema_extra={"added": True}, **bounds)
+
+
 class Section(BaseModel):
     """One block of settings: closed, frozen, no infinities."""
 
@@ -343,13 +348,16 @@ class Config(Section):
 
 
 def identity(section: Section, *, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The settings of a section that determine its result: nested, JSON types, without those marked `Speed`."""
+    """The settings of a section that determine its result: nested, JSON types.
+
+    Those marked `Speed` stay out, and those marked `Added` while they have their default.
+    """
     result: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
-        extra = field.json_schema_extra
-        if name in skip or (isinstance(extra, dict) and extra.get("speed")):
+        extra, value = field.json_schema_extra, getattr(section, name)
+        marks = extra if isinstance(extra, dict) else {}
+        if name in skip or marks.get("speed") or (marks.get("added") and value == field.default):
             continue
-        value = getattr(section, name)
         result[name] = _plain(value)
     return result
 

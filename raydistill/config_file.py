@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +207,17 @@ def _where(path: Path_, lines: dict[Path_, str], source: str) -> str:
 def _section_at(path: Path_) -> type[BaseModel]:
     model: type[BaseModel] = Config
     for name in path:
-        annotation = model.model_fields[str(name)].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        if isinstance(name, str):  # a number is a place in a list of sections
+            model = next(_sections_in(model.model_fields[name].annotation))
     return model
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a type is or holds, in lists and unions too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _sections_in(inner)
 
 
 def _check_texts(value: Any, path: Path_, lines: dict[Path_, str], source: str) -> None:
