@@ -31,7 +31,7 @@ def tiny(architecture: str, **changes: Any) -> Any:
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(architecture, **SMALL, **(ENCODERS.get(architecture, {}) | changes))
+    config = AutoConfig.for_model(architecture, **(SMALL | ENCODERS.get(architecture, {}) | changes))
     model = AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from raydistill.errors import UserError
+from raydistill.students.blocks import layer_stack
 from raydistill.students.sizes import set_dropout
 
 
@@ -25,7 +26,7 @@ def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float |
     chosen = every_other(count) if layers is None else layers
     if chosen[-1] >= count:
         raise UserError(f"student.layers: found {chosen[-1]}, the teacher's layers are 0 to {count - 1}")
-    stack = _layer_stack(teacher, count)
+    stack = layer_stack(teacher, count)
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = len(chosen)
     if getattr(config, "layer_types", None):
@@ -48,17 +49,6 @@ def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float |
             " after the other. Choose others, or use init: config or init: pretrained"
         ) from None
     return student
-
-
-def _layer_stack(model: Any, count: int) -> str:
-    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
-    if len(found) != 1:
-        raise UserError(
-            f"student.init: teacher_layers: {type(model).__name__} has {len(found)} stacks of {count} layers,"
-            " expected one."
-            " Use init: config or init: pretrained"
-        )
-    return found[0]
 
 
 def reorder_head(model: Any, order: list[int]) -> None:
