@@ -99,12 +99,12 @@ def status(run_folder: RunFolder) -> None:
 
     found_run = find_run(run_folder)
     config = load_config(found_run.store.local("config.yaml"))
-    found = standings(found_run)
+    found = standings(found_run, config)
     table = Table("part", "stage", "state", "", box=None)
     for standing in found:
         table.add_row(standing.part, standing.stage, standing.state, standing.detail)
     out.print(table)
-    following = next_stage(found, fine_tunes=config.teacher.fine_tune is not None, has_control=config.evaluate.control)
+    following = next_stage(found)
     if following is None:
         out.print(f"complete; the report is {found_run.store.where('report/report.html')}")
     else:

@@ -166,6 +166,9 @@ class Teacher(Section):
         default="dense-float16", description="2 or 1 byte per class and row"
     )
     cache_from: str | None = Field(default=None, description="another run's folder, whose data and cache are used")
+    calibrate: bool = Field(
+        default=False, description="divide its logits by one temperature, fitted on validation, before anyone learns"
+    )
     actors: int | None = Speed(None, ge=1, description="absent: as many as the cluster has room for")
     cpus_per_actor: int = Speed(1, ge=1)
     tokens_per_batch: int | None = Speed(None, ge=1, le=1 << 31, description="absent: 512 on CPU, 16384 on GPU")

@@ -53,13 +53,23 @@ class Shard:
 class Split:
     """One split of the data with its share of the teacher's cache.
 
-    Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES.
+    Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES. The
+    teacher's logits are divided by its temperature when they are read: a calibrated teacher's cache is kept raw.
     """
 
     def __init__(
-        self, store: Store, split: str, data: Manifest, cache: Manifest | None, *, tokenizer: Any, max_length: int
+        self,
+        store: Store,
+        split: str,
+        data: Manifest,
+        cache: Manifest | None,
+        *,
+        tokenizer: Any,
+        max_length: int,
+        teacher_temperature: float = 1.0,
     ) -> None:
         self._store, self._cache, self._tokenizer, self._max_length = store, cache, tokenizer, max_length
+        self._teacher_temperature = teacher_temperature
         self.entries = data.shards(split)
         self._logits = pair_entries(self.entries, cache.shards(split)) if cache else [None] * len(self.entries)
         self.shard_rows = [entry.rows for entry in self.entries]
@@ -108,7 +118,7 @@ class Split:
         if not np.array_equal(row_ids_N, cached.row_ids_N):
             where = self._store.where(f"teacher/cache/{entry.file}")
             raise UserError(f"{where}: holds other rows than its data shard. Score again with --redo teach")
-        return cached.logits_NK
+        return cached.logits_NK if self._teacher_temperature == 1 else cached.logits_NK / self._teacher_temperature
 
     def batch(self, places: npt.NDArray[np.int64], rows: int | None = None) -> Batch:
         """The batch of these (shard, row) pairs."""

@@ -25,6 +25,7 @@ PARTS = {
     "data": Part("prepare", "data", "data"),
     "teacher": Part("teach", "teacher/train", "teacher/model"),
     "cache": Part("teach", "teacher/cache", "teacher/cache"),
+    "calibration": Part("teach", "teacher/calibration", "teacher/calibration"),
     "student": Part("train", "train", "student"),
     "control": Part("evaluate", "control/train", "control/model"),
     "report": Part("evaluate", "report", "report"),

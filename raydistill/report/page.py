@@ -58,7 +58,17 @@ def verdict(report: dict[str, Any]) -> list[str]:
         )
         if report["gap_closed"] is not None:
             lines.append(f"That closes {report['gap_closed']:.0%} of the gap between control and teacher.")
-    return lines
+    return lines + teacher_notes(report)
+
+
+def teacher_notes(report: dict[str, Any]) -> list[str]:
+    """What was done to the teacher's outputs before anyone learned from them, a sentence each."""
+    if temperature := report.get("teacher_temperature"):
+        return [
+            f"The teacher is calibrated: its logits are divided by {temperature:g}, fitted on validation, in what the"
+            " student learned from and in the teacher's figures here."
+        ]
+    return []
 
 
 def render(report: dict[str, Any]) -> str:

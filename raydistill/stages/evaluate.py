@@ -25,6 +25,7 @@ from raydistill.record.run import PARTS, Run
 from raydistill.record.store import Store
 from raydistill.report.metrics import classifier_metrics, compare, mean_kl
 from raydistill.report.page import render
+from raydistill.stages.calibration import teacher_temperature
 from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.latency import measure
 from raydistill.stages.prepare import data_report
@@ -51,6 +52,8 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
         return json.loads(run.store.read("report/report.json"))
     sources = model_sources(config, run)
     logits = _score(sources, config, run, data, plan, resources, progress)
+    divisor = teacher_temperature(config, run)
+    logits["teacher"] = {split: logits_NK / divisor for split, logits_NK in logits["teacher"].items()}
     speed = _time_models(sources, config, run, data, resources, progress)
     report = _report(config, run, data, sources, logits, speed, plan)
     _commit(run, plan, report)
@@ -172,6 +175,7 @@ def _report(
         **models,
         **{name: getattr(comparison, name) for name in comparison.__dataclass_fields__},
         "agreement": models["student"]["agreement"],
+        "teacher_temperature": teacher_temperature(config, run) if config.teacher.calibrate else None,
         "teacher_forwards_per_row": forwards_per_row(data, cache),
         "measured": {
             "latency_requests": config.evaluate.latency_requests,

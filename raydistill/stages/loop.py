@@ -60,6 +60,7 @@ class TrainingJob:
     run_url: str
     data_url: str
     uses_cache: bool
+    teacher_temperature: float  # what the cached logits are divided by
     source: ModelSource  # what the model is built from: the start of a teacher, the teacher of a student
     folder: str
     product: str
@@ -130,7 +131,10 @@ class _Worker:
         cache = read_manifest(store, "teacher/cache") if self.job.uses_cache else None
         assert data is not None
         assert cache is not None or not self.job.uses_cache
-        return Split(store, split, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length)
+        return Split(
+            store, split, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length,
+            teacher_temperature=self.job.teacher_temperature,
+        )  # fmt: skip
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         choice = [self.checkpoints.newest() if self.rank == 0 else None]

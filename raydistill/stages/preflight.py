@@ -13,6 +13,7 @@ from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import ModelSource, check_length, find_model, label_order
 from raydistill.record.run import Run
+from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
 from raydistill.stages.features import feature_terms
 from raydistill.stages.progress import size
@@ -86,6 +87,10 @@ def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Re
     if "teach" in stages:
         run.check("cache", cache_plan(config, run, data, resources))
     teacher = teacher_source(config, run)
+    if config.teacher.calibrate and run.complete("cache") is not None:
+        run.check("calibration", calibration_plan(run))
+        if "teach" not in stages:
+            teacher_temperature(config, run)
     if "train" in stages and run.complete("cache") is not None:
         run.check("student", training_plan("student", config, run, resources, teacher))
     if "evaluate" in stages and config.evaluate.control:

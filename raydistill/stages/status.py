@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from raydistill.config import Config
 from raydistill.record.run import PARTS, Run
 from raydistill.stages.checkpoints import Checkpoints
 
@@ -18,14 +19,26 @@ class Standing:
     detail: str
 
 
-def standings(run: Run) -> list[Standing]:
-    """Every part of the run in order."""
-    return [_standing(run, part) for part in PARTS]
+def standings(run: Run, config: Config) -> list[Standing]:
+    """Every part that the config asks for, in order."""
+    return [_standing(run, part) for part in expected_parts(config)]
+
+
+def expected_parts(config: Config) -> list[str]:
+    """The parts of a run that its config asks for, in order."""
+    wanted = {
+        "teacher": config.teacher.fine_tune is not None,
+        "calibration": config.teacher.calibrate,
+        "control": config.evaluate.control,
+    }
+    return [part for part in PARTS if wanted.get(part, True)]
 
 
 def _standing(run: Run, part: str) -> Standing:
     facts, manifest, plan = PARTS[part], run.complete(part), run.plan(part)
     if manifest is not None:
+        if "temperature" in manifest.facts:
+            return Standing(part, facts.stage, "complete", f"temperature {manifest.facts['temperature']:g}")
         rows = sum(entry.rows for entry in manifest.files)
         detail = f"{rows:,} rows in {len(manifest.files)} shards" if rows else f"{len(manifest.files)} files"
         if "value" in manifest.facts:
@@ -39,11 +52,6 @@ def _standing(run: Run, part: str) -> Standing:
     return Standing(part, facts.stage, "under way", detail)
 
 
-def next_stage(found: list[Standing], *, fine_tunes: bool, has_control: bool) -> str | None:
+def next_stage(found: list[Standing]) -> str | None:
     """The first stage that has something left to do, or None."""
-    for standing in found:
-        if (standing.part == "teacher" and not fine_tunes) or (standing.part == "control" and not has_control):
-            continue
-        if standing.state != "complete":
-            return standing.stage
-    return None
+    return next((standing.stage for standing in found if standing.state != "complete"), None)

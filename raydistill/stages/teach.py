@@ -13,6 +13,7 @@ from raydistill.models import ModelSource, check_length, label_order, model_iden
 from raydistill.record.commit import Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
+from raydistill.stages.calibration import calibrate
 from raydistill.stages.cluster import Resources, gains_from_bf16, share_for_actors
 from raydistill.stages.progress import Progress, size
 from raydistill.stages.scoring import ScoringJob, score
@@ -22,7 +23,17 @@ SPLITS = ("train", "validation")
 
 
 def teach(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
-    """Writes the teacher cache; its manifest. Raises UserError for a teacher that does not fit the data."""
+    """Writes the teacher cache, and its temperature where one is asked for; the cache's manifest.
+
+    Raises UserError for a teacher that does not fit the data.
+    """
+    manifest = _teach(config, run, resources, progress)
+    if config.teacher.calibrate:
+        calibrate(run, progress)
+    return manifest
+
+
+def _teach(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
     data = run.require("data")
     if run.lender:
         run.require("cache")

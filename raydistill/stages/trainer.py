@@ -26,6 +26,7 @@ from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
 from raydistill.record.store import LocalStore, open_store
+from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import (
     Resources,
     check_precision,
@@ -91,6 +92,8 @@ def training_plan(role: str, config: Config, run: Run, resources: Resources, sou
         inputs |= student_inputs(config, source)
     if role == "student":
         inputs["cache"] = run.require("cache").fingerprint
+        if config.teacher.calibrate:
+            inputs["teacher.calibrate"] = calibration_plan(run).fingerprint
     skip = ("precision", "loss") if role == "control" else ("precision",)
     inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
     if role == "control":
@@ -140,7 +143,9 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
         role=role, config=config, settings=settings, objective=objective, metric=metric,
         precision=plan.inputs["precision"], labels=tuple(run.require("data").facts["labels"]),
         fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
-        uses_cache=role == "student", source=source, folder=PARTS[role].folder, product=PARTS[role].product,
+        uses_cache=role == "student", source=source,
+        teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
+        folder=PARTS[role].folder, product=PARTS[role].product,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Small runs of prepare, teach and train without Ray, each in a forked child that a fault may kill.
+"""Small runs of the stages without Ray, each in a forked child that a fault may kill.
 
 Imports cost seconds and a small run less, so this process imports once and forks a child for every run. It reads one
 JSON request a line and answers with one JSON object a line. It must stay free of threads and of torch work: a fork
@@ -34,8 +34,9 @@ from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.record import store
 from raydistill.record.run import open_run
-from raydistill.stages import pipeline, scoring, teach, trainer
+from raydistill.stages import evaluate, pipeline, scoring, teach, trainer
 from raydistill.stages.cluster import Resources
+from raydistill.stages.latency import measure
 from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import Progress
 
@@ -114,12 +115,18 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
             yield {name: values[0] for name, values in actor({name: [task[name]] for name in task}).items()}
 
     def fit(job: TrainingJob, *_: Any) -> None:
-        with tempfile.TemporaryDirectory() as meeting:
-            dist.init_process_group("gloo", init_method=f"file://{meeting}/file", rank=0, world_size=1)
-            run_training(job, post=record.posts.append, stopped=lambda: False)
-            dist.destroy_process_group()
+        if not dist.is_initialized():  # one for all trainings of a run: DeepSpeed keeps the groups that it made
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        run_training(job, post=record.posts.append, stopped=lambda: False)
+
+    def time_models(sources: Any, config: Config, *_: Any) -> dict[str, dict[str, float]]:
+        dtype, length = config.evaluate.dtype, config.data.max_length
+        return measure(
+            sources, ["my card was charged twice"] * 4, requests=2, threads=1, max_length=length, dtype=dtype
+        )
 
     pipeline.cluster, scoring._map_shards, trainer._fit = cluster, map_shards, fit
+    evaluate._time_models = time_models
     settings = config(Path(request["folder"]), Path(request["source"]), request.get("changes", {}))
     pipeline.run_stages(
         settings, tuple(request["stages"]), Progress(record.said.append), redo=request.get("redo") or None

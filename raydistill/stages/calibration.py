@@ -1,0 +1,82 @@
+"""The temperature of the teacher's cached logits, fitted on validation before anyone learns (`teacher.calibrate`).
+
+The cache stays raw: whoever reads it divides by the temperature that stands committed beside it. It belongs to the run
+whose config asks for it, so that a cache that another run lends can be calibrated too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from raydistill.cache.shards import read_logits
+from raydistill.config import Config
+from raydistill.data.loader import pair_entries
+from raydistill.data.shards import read_shard
+from raydistill.errors import UserError
+from raydistill.losses.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_temperature
+from raydistill.record.commit import commit_manifest
+from raydistill.record.fingerprint import Plan
+from raydistill.record.run import PARTS, Run
+from raydistill.report.metrics import nll
+from raydistill.stages.progress import Progress
+
+
+def calibrate(run: Run, progress: Progress) -> None:
+    """Fits and commits the temperature of the cache, unless it stands there.
+
+    Temperature scaling, Guo et al. 2017, arXiv:1706.04599, section 4.2. Raises UserError when no temperature fits
+    validation best.
+    """
+    plan = calibration_plan(run)
+    if (manifest := run.begin("calibration", plan)) is not None:
+        progress.say(f"calibrate: complete, temperature {manifest.facts['temperature']:g}")
+        return
+    logits_NK, labels_N = _validation(run)
+    temperature = fit_temperature(torch.from_numpy(logits_NK), torch.from_numpy(labels_N))
+    # Six digits, so that machines that sum in another order find the same.
+    temperature = float(f"{temperature:.6g}")
+    if not LOWEST_TEMPERATURE < temperature < HIGHEST_TEMPERATURE:
+        found = "is right on" if temperature <= LOWEST_TEMPERATURE else "knows nothing of"
+        raise UserError(
+            f"teacher.calibrate: the teacher {found} all {len(labels_N):,} validation rows, so that no temperature fits"
+            " them best. Give more validation rows, or set teacher.calibrate=false"
+        )
+    before, after = nll(logits_NK, labels_N), nll(logits_NK / temperature, labels_N)
+    facts = {"temperature": temperature, "rows": len(labels_N), "nll_before": before, "nll_after": after}
+    commit_manifest(run.store, PARTS["calibration"].product, plan.fingerprint, [], facts)
+    progress.say(
+        f"calibrate: temperature {temperature:g}, fitted on {len(labels_N):,} validation rows (NLL {before:.4f} before,"
+        f" {after:.4f} after)"
+    )
+
+
+def calibration_plan(run: Run) -> Plan:
+    """Everything that determines the temperature. Raises UserError when the cache is not complete."""
+    return Plan("calibration", {"data": run.require("data").fingerprint, "cache": run.require("cache").fingerprint})
+
+
+def teacher_temperature(config: Config, run: Run) -> float:
+    """What the teacher's logits are divided by: 1 unless it is calibrated.
+
+    Raises UserError when the temperature was not fitted yet, or to another cache.
+    """
+    if not config.teacher.calibrate:
+        return 1.0
+    run.check("calibration", calibration_plan(run))
+    return run.require("calibration").facts["temperature"]
+
+
+def _validation(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's cached logits on validation, and the labels."""
+    store, data, cache = run.home("data"), run.require("data"), run.require("cache")
+    entries = data.shards("validation")
+    logits, labels = [], []
+    for entry, cached in zip(entries, pair_entries(entries, cache.shards("validation")), strict=True):
+        rows, shard = read_shard(store, entry), read_logits(run.home("cache"), "teacher/cache", cached, cache)
+        if not np.array_equal(rows.row_ids_N, shard.row_ids_N):
+            where = run.home("cache").where(f"teacher/cache/{cached.file}")
+            raise UserError(f"{where}: holds other rows than its data shard. Score again with --redo teach")
+        logits.append(shard.logits_NK)
+        labels.append(rows.labels_N)
+    return np.concatenate(logits), np.concatenate(labels)
