@@ -191,6 +191,18 @@ class Student(Section):
     )
     feed_forward: int | None = Field(default=None, ge=1, le=1 << 18, description="config; absent: 4 x hidden_size")
     dropout: float | None = Field(default=None, ge=0, lt=1, description="absent: the architecture's own")
+    trim_vocabulary: bool = Added(
+        False, description="keep the tokens that train uses and those that any text needs, and drop the others"
+    )
+    vocabulary_min_count: int = Added(
+        1, ge=1, le=1 << 40, description="trim_vocabulary: how often train must use a token to keep it"
+    )
+
+    @model_validator(mode="after")
+    def _settings_fit_vocabulary(self) -> Student:
+        if self.vocabulary_min_count != 1 and not self.trim_vocabulary:
+            raise ValueError("vocabulary_min_count means nothing without trim_vocabulary: true; remove it")
+        return self
 
     @model_validator(mode="after")
     def _settings_fit_init(self) -> Student:

@@ -69,11 +69,17 @@ def student_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 class FeatureTeacher:
-    """The teacher inside a training worker: frozen, in eval mode, run for its features alone."""
+    """The teacher inside a training worker: frozen, in eval mode, run for its features alone.
 
-    def __init__(self, model: Any, terms: Sequence[FeatureTerm], *, device: torch.device) -> None:
+    `token_ids` gives, for every token id of the student, the teacher's id of the same token, where they differ.
+    """
+
+    def __init__(
+        self, model: Any, terms: Sequence[FeatureTerm], *, device: torch.device, token_ids: torch.Tensor | None = None
+    ) -> None:
         self._model = model.to(device).eval().requires_grad_(False)
         self._device, self._terms = device, tuple(terms)
+        self._token_ids = None if token_ids is None else token_ids.to(device)
         self._tap = FeatureTap(self._model, **needed(terms, TEACHER))
         self._tap.__enter__()
 
@@ -81,6 +87,8 @@ class FeatureTeacher:
     def features(self, inputs: dict[str, torch.Tensor]) -> tuple[tuple[torch.Tensor, ...], ...]:
         """What each term compares, by term and pair."""
         inputs = {name: value.to(self._device) for name, value in inputs.items()}
+        if self._token_ids is not None:
+            inputs["input_ids"] = self._token_ids[inputs["input_ids"]]
         self._model.base_model(**inputs)
         found = self._tap.take()
         return tuple(tuple(term.select(found, TEACHER, inputs["attention_mask"])) for term in self._terms)

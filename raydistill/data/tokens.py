@@ -64,6 +64,16 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
     return tokenizer
 
 
+def ids_in(theirs: Any, ours: Any) -> npt.NDArray[np.int64] | None:
+    """For every id of our tokenizer the id that the same token has in theirs, such as a trimmed student's teacher's.
+
+    None when they are the same. Raises KeyError for a token that they do not have.
+    """
+    known = theirs.get_vocab()
+    ids = np.array([known[token] for token in ours.convert_ids_to_tokens(list(range(len(ours))))], np.int64)
+    return None if np.array_equal(ids, np.arange(len(ids))) else ids
+
+
 def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> Tokens:
     """The token ids of every text with the model's special tokens, truncated to max_length."""
     pieces: list[list[int]] = []

@@ -7,6 +7,7 @@ was stopped at any step goes on as if it had not been.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from raydistill.config import Config, Training
 from raydistill.data.loader import Batch, Split
 from raydistill.data.order import steps_per_epoch
-from raydistill.data.tokens import load_tokenizer
+from raydistill.data.tokens import ids_in, load_tokenizer
 from raydistill.engine import Engine
 from raydistill.errors import UserError
 from raydistill.losses.objective import Objective
@@ -35,6 +36,7 @@ from raydistill.record.store import naming, open_store
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import Curves
 from raydistill.stages.meter import Meter
+from raydistill.stages.start import made_once, start_folders, train_rows
 from raydistill.stages.validation import validation_metrics
 from raydistill.students.build import build_student
 from raydistill.taught import FeatureTeacher, TaughtStudent, student_weights
@@ -62,6 +64,7 @@ class TrainingJob:
     uses_cache: bool
     teacher_temperature: float  # what the cached logits are divided by
     source: ModelSource  # what the model is built from: the start of a teacher, the teacher of a student
+    start: str | None  # the fingerprint of a student's first weights, where they need rows of train
     folder: str
     product: str
 
@@ -107,7 +110,7 @@ class _Worker:
             self.model.set_attn_implementation("eager")
         self.teacher = None
         if job.objective.features:
-            self.model, self.teacher = with_features(job, self.model, self.device)
+            self.model, self.teacher = with_features(job, self.model, self.tokenizer, self.device)
         if job.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.train_split, self.validation_split = (self._split(s) for s in ("train", "validation"))
@@ -307,12 +310,17 @@ class _Worker:
             self.model.close()
 
 
-def with_features(job: TrainingJob, student: Any, device: torch.device) -> tuple[TaughtStudent, FeatureTeacher]:
+def with_features(
+    job: TrainingJob, student: Any, tokenizer: Any, device: torch.device
+) -> tuple[TaughtStudent, FeatureTeacher]:
     """The student with its projections, and the teacher that runs beside it."""
     terms, dtype = job.objective.features, {"fp32": torch.float32}.get(job.precision, torch.bfloat16)
-    teacher = load_classifier("teacher.model", job.source.folder(), dtype=dtype)
+    folder = job.source.folder()
+    teacher = load_classifier("teacher.model", folder, dtype=dtype)
+    ids = ids_in(load_tokenizer(folder, "teacher.model"), tokenizer)
     taught = TaughtStudent(student, terms, teacher_width=teacher.config.hidden_size, seed=job.settings.seed)
-    return taught, FeatureTeacher(teacher, terms, device=device)
+    token_ids = None if ids is None else torch.from_numpy(ids)
+    return taught, FeatureTeacher(teacher, terms, device=device, token_ids=token_ids)
 
 
 def build_model(job: TrainingJob) -> tuple[Any, Any]:
@@ -322,9 +330,17 @@ def build_model(job: TrainingJob) -> tuple[Any, Any]:
     if job.role == "teacher":
         torch.manual_seed(job.settings.seed)
         return start_classifier("teacher.model", folder, labels), load_tokenizer(folder, "teacher.model")
-    return build_student(
-        job.config.student, teacher_folder=folder, labels=labels, max_length=length, seed=job.settings.seed
-    )
+    build = functools.partial(
+        build_student, job.config.student, teacher_folder=folder, labels=labels, max_length=length,
+        seed=job.settings.seed,
+    )  # fmt: skip
+    if job.start is None:
+        return build()
+    store, data = open_store(job.run_url), open_store(job.data_url)
+    manifest = read_manifest(data, "data")
+    assert manifest is not None
+    make = functools.partial(build, rows=train_rows(data, manifest))
+    return made_once(store, start_folders(job.folder), job.start, make, max_length=length)
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:

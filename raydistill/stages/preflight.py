@@ -20,6 +20,7 @@ from raydistill.stages.progress import size
 from raydistill.stages.teach import cache_plan, teacher_source
 from raydistill.stages.trainer import settings_of, training_plan
 from raydistill.students.sizes import check_architecture
+from raydistill.students.vocabulary import check_trimmable
 
 CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (1, 4)}
 
@@ -27,7 +28,7 @@ CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (
 def check_models(config: Config, run: Run, labels: list[str]) -> None:
     """Teacher and student against the data. Raises UserError for the first thing that does not fit."""
     folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
-    load_tokenizer(folder, "teacher.model")
+    tokenizer = load_tokenizer(folder, "teacher.model")
     check_length("the teacher", folder, config.data.max_length)
     if config.teacher.fine_tune is None:
         label_order("teacher.model", folder, labels)
@@ -42,12 +43,14 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.init == "pretrained":
         assert config.student.model is not None
         student = find_model("student.model", config.student.model, config.student.revision)
-        load_tokenizer(student, "student.model")
+        tokenizer = load_tokenizer(student, "student.model")
         check_length("the student", student, config.data.max_length)
     elif config.student.init == "config":
         check_architecture(config.student.model_type)
     elif config.student.init == "teacher_layers" and config.student.layers:
         _check_layers(folder, config.student.layers)
+    if config.student.trim_vocabulary:
+        check_trimmable(tokenizer)
     feature_terms(config, folder)
 
 

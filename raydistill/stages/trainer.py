@@ -38,6 +38,7 @@ from raydistill.stages.cluster import (
 from raydistill.stages.features import feature_terms
 from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
+from raydistill.students.build import needs_rows
 
 POLL_SECONDS = 0.2
 STOP_POLL_SECONDS = 0.5
@@ -119,6 +120,17 @@ def student_inputs(config: Config, teacher: ModelSource) -> dict[str, Any]:
     return inputs
 
 
+def start_fingerprint(role: str, config: Config, run: Run, source: ModelSource) -> str | None:
+    """What determines a student's first weights where they need rows of train; None where they do not.
+
+    The control has the student's, so that both begin with the same.
+    """
+    if role == "teacher" or not needs_rows(config.student):
+        return None
+    inputs = {"data": run.require("data").fingerprint, "data.max_length": config.data.max_length}
+    return Plan("start", inputs | student_inputs(config, source) | {"train.seed": config.train.seed}).fingerprint
+
+
 def resolve_precision(settings: Training, standing: Plan | None, resources: Resources) -> str:
     """The precision asked for; for auto, what the standing training has, else what the device gains from."""
     if settings.precision != "auto":
@@ -143,7 +155,7 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
         role=role, config=config, settings=settings, objective=objective, metric=metric,
         precision=plan.inputs["precision"], labels=tuple(run.require("data").facts["labels"]),
         fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
-        uses_cache=role == "student", source=source,
+        uses_cache=role == "student", source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
         folder=PARTS[role].folder, product=PARTS[role].product,
     )  # fmt: skip

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raydistill.data.shards import DataShard
 from raydistill.data.tokens import load_tokenizer
 from raydistill.models import Shape, find_model, label_maps, label_order, load_classifier, shape_of, start_classifier
 from raydistill.students.layers import every_other, reorder_head, student_from_layers
 from raydistill.students.sizes import set_dropout, student_from_config
+from raydistill.students.tables import token_ids_of, with_tokens
+from raydistill.students.vocabulary import trimmed_tokenizer
+
+Rows = Callable[[], Iterator[DataShard]]  # the rows of train from the first on, shard by shard, at each call
+
+
+def needs_rows(settings: Any) -> bool:
+    """Whether the first weights, or the tokenizer, of the student depend on rows of train.
+
+    They are then made once for a training (`stages/start.py`), and `build_student` is given the rows.
+    """
+    return settings.trim_vocabulary
 
 
 def student_shape(settings: Any, teacher_folder: Path) -> Shape:
@@ -26,26 +41,48 @@ def student_shape(settings: Any, teacher_folder: Path) -> Shape:
 
 
 def build_student(
-    settings: Any, *, teacher_folder: Path, labels: list[str], max_length: int, seed: int
+    settings: Any, *, teacher_folder: Path, labels: list[str], max_length: int, seed: int, rows: Rows | None = None
 ) -> tuple[Any, Any]:
-    """The student with its first weights, and its tokenizer, by the `student` section; the same for the same seed."""
+    """The student with its first weights, and its tokenizer, by the `student` section; the same for the same seed.
+
+    `rows` gives the rows of train as often as it is called; it is needed where `needs_rows` says so. What is made here
+    is saved and loaded again before the training, so that all of it stands in weights, configuration and tokenizer.
+    """
     torch.manual_seed(seed)
+    folder, setting = teacher_folder, "teacher.model"
     if settings.init == "pretrained":
-        folder = find_model("student.model", settings.model, settings.revision)
-        student = start_classifier("student.model", folder, labels)
-        tokenizer = load_tokenizer(folder, "student.model")
-        for module in student.modules():
-            if settings.dropout is not None and isinstance(module, torch.nn.Dropout):
-                module.p = settings.dropout
-        set_dropout(student.config, settings.dropout)
-        return student, tokenizer
-    tokenizer = load_tokenizer(teacher_folder, "teacher.model")
+        folder, setting = find_model("student.model", settings.model, settings.revision), "student.model"
+    tokenizer = load_tokenizer(folder, setting)
+    trim = None
+    if settings.trim_vocabulary:
+        assert rows is not None
+        least = settings.vocabulary_min_count
+        trim = functools.partial(trimmed_tokenizer, tokenizer, rows(), max_length=max_length, min_count=least)
     if settings.init == "config":
+        tokenizer = tokenizer if trim is None else trim()[0]
         return student_from_config(settings, tokenizer, labels, max_length), tokenizer
-    teacher = load_classifier("teacher.model", teacher_folder)
-    layers = list(settings.layers) if settings.layers else None
-    student = student_from_layers(teacher, layers, settings.dropout)
-    order = label_order("teacher.model", teacher_folder, labels)
-    reorder_head(student, order)
-    student.config.id2label, student.config.label2id = label_maps(labels)
+    if settings.init == "pretrained":
+        student = _pretrained(settings, folder, labels)
+    else:
+        student = _of_layers(settings, folder, labels)
+    if trim is not None:
+        tokenizer, kept = trim(needed=token_ids_of(student.config, len(tokenizer)))
+        student = with_tokens(student, kept, pad_id=tokenizer.pad_token_id)
     return student, tokenizer
+
+
+def _pretrained(settings: Any, folder: Path, labels: list[str]) -> Any:
+    student = start_classifier("student.model", folder, labels)
+    for module in student.modules():
+        if settings.dropout is not None and isinstance(module, torch.nn.Dropout):
+            module.p = settings.dropout
+    set_dropout(student.config, settings.dropout)
+    return student
+
+
+def _of_layers(settings: Any, teacher_folder: Path, labels: list[str]) -> Any:
+    teacher = load_classifier("teacher.model", teacher_folder)
+    student = student_from_layers(teacher, list(settings.layers) if settings.layers else None, settings.dropout)
+    reorder_head(student, label_order("teacher.model", teacher_folder, labels))
+    student.config.id2label, student.config.label2id = label_maps(labels)
+    return student

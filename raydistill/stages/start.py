@@ -1,0 +1,86 @@
+"""A student's first weights where making them reads rows of train: made once, committed, and loaded by every rank.
+
+The start of a training, `<its folder>/start/`, is a Hugging Face folder with the student before its first step. A
+training that goes on, its other ranks, and the control beside it load it and read no row again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from raydistill.data.shards import read_split
+from raydistill.data.tokens import load_tokenizer
+from raydistill.errors import UserError
+from raydistill.models import load_classifier, save_classifier
+from raydistill.record.commit import Manifest, commit_folder, damage, read_manifest
+from raydistill.record.run import PARTS
+from raydistill.record.store import Store, naming
+from raydistill.students.build import Rows
+
+SETTING = "the student's start"
+# The other ranks wait while one reads all rows of train; torch gives a collective 30 minutes.
+PATIENCE = timedelta(days=2)
+
+
+def start_folders(folder: str) -> tuple[str, ...]:
+    """Where the start of the training in this folder is written, then where the same may stand already."""
+    own = f"{folder}/start"
+    others = (f"{PARTS[part].folder}/start" for part in ("student", "control"))
+    return (own, *(other for other in others if other != own))
+
+
+def train_rows(store: Store, data: Manifest) -> Rows:
+    """The rows of train as `build_student` takes them."""
+    return lambda: read_split(store, data.shards("train"))
+
+
+def made_once(
+    store: Store, folders: Sequence[str], fingerprint: str, make: Callable[[], tuple[Any, Any]], *, max_length: int
+) -> tuple[Any, Any]:
+    """The model and tokenizer that stand committed under the fingerprint in one of the folders; else those of `make`.
+
+    What is made is committed to the first folder. Collective: rank 0 looks, and makes, while the others wait; every
+    rank then loads the same files. Raises, on every rank alike, the UserError that `make` raises on rank 0.
+    """
+    answer: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            answer = [
+                _standing(store, folders, fingerprint) or _commit(store, folders[0], fingerprint, make, max_length)
+            ]
+        except UserError as error:
+            answer = [error]
+    group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+    dist.broadcast_object_list(answer, src=0, group=group)
+    dist.destroy_process_group(group)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    local = store.local(answer[0])
+    return load_classifier(SETTING, local), load_tokenizer(local, SETTING)
+
+
+def _standing(store: Store, folders: Sequence[str], fingerprint: str) -> str | None:
+    """The first folder that stands committed under the fingerprint and intact."""
+    for folder in folders:
+        try:
+            manifest = read_manifest(store, folder)
+        except UserError:  # a damaged manifest: it is made again, and what stands there is set aside
+            continue
+        if manifest is not None and manifest.fingerprint == fingerprint and not damage(store, folder, manifest):
+            return folder
+    return None
+
+
+def _commit(store: Store, folder: str, fingerprint: str, make: Callable[[], tuple[Any, Any]], max_length: int) -> str:
+    model, tokenizer = make()
+    staged: Path = store.staging(folder)
+    staged.mkdir(parents=True)
+    with naming(staged):
+        save_classifier(model, tokenizer, model.state_dict(), staged, max_length=max_length)
+    commit_folder(store, staged, folder, fingerprint)
+    return folder
