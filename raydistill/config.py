@@ -276,6 +276,13 @@ class Loss(Section):
     ] = Field(default="forward_kl", description="the loss against the teacher's logits")  # fmt: skip
     temperature: float = Field(default=4.0, gt=0, le=1000, description="of both sides' logits; logit_mse takes none")
     alpha: float = Field(default=0.9, ge=0, le=1, description="share of the teacher; 0 is the control's objective")
+    temperature_end: float | None = Added(
+        None, gt=0, le=1000, description="of the last step, for a temperature that changes from step to step"
+    )
+    alpha_end: float | None = Added(None, ge=0, le=1, description="of the last step, likewise")
+    course: Literal["linear", "cosine"] | None = Added(
+        None, description="from the first step to temperature_end and alpha_end; absent: linear"
+    )
     beta: float | None = Field(
         default=None, ge=0, le=1, description="jsd: from forward KL (0) to reverse KL (1); absent: 0.5"
     )
@@ -312,6 +319,10 @@ class Loss(Section):
                 raise ValueError(f"{name} means nothing with kind: {self.kind}; remove it")
         if self.kind in WITHOUT_TEMPERATURE and self.temperature != type(self).model_fields["temperature"].default:
             raise ValueError(f"temperature means nothing with kind: {self.kind}; remove it")
+        if self.kind in WITHOUT_TEMPERATURE and self.temperature_end is not None:
+            raise ValueError(f"temperature_end means nothing with kind: {self.kind}; remove it")
+        if self.course is not None and self.temperature_end is None and self.alpha_end is None:
+            raise ValueError("course means nothing without temperature_end or alpha_end; remove it")
         return self
 
 

@@ -565,6 +565,11 @@ def test_the_losses_of_the_config_are_those_of_the_registry():
         ("{kind: dkd, skew: 0.1}", "skew means nothing with kind: dkd; remove it"),
         ("{kind: logit_mse, temperature: 2}", "temperature means nothing with kind: logit_mse; remove it"),
         ("{kind: skew_forward_kl, skew: 1}", "train.loss.skew"),
+        ("{kind: logit_mse, temperature_end: 2}", "temperature_end means nothing with kind: logit_mse; remove it"),
+        ("{course: cosine}", "course means nothing without temperature_end or alpha_end; remove it"),
+        ("{temperature_end: 0}", "train.loss.temperature_end: found 0 (number); it should be greater than 0"),
+        ("{alpha_end: 1.5}", "train.loss.alpha_end: found 1.5 (number); it should be less than or equal to 1"),
+        ("{alpha_end: 0.5, course: step}", "train.loss.course"),
         ("{kind: revers_kl}", "reverse_kl"),
     ],
 )

@@ -27,7 +27,8 @@ class Objective:
     loss, each class that the teacher finds likelier than not), which then are the labels of the response loss too.
     features: terms that are added, each with its weight, so that neither alpha nor the temperature touches them. With
     alpha 0, the data's labels and no features no teacher is needed. For a multi-label loss labels are (N, K) and the
-    cross-entropy is the binary one, summed over classes, also with alpha 0.
+    cross-entropy is the binary one, summed over classes, also with alpha 0. always_response: the response loss is
+    computed and reported also while alpha is 0, for an alpha that changes from step to step.
 
     Raises ValueError for an unknown kind, a parameter that the loss does not have or that is out of its bounds, and
     for a setting that the loss would ignore.
@@ -41,6 +42,7 @@ class Objective:
     label_smoothing: float = 0.0
     hard_targets: Literal["labels", "teacher"] = "labels"
     features: tuple[FeatureTerm, ...] = ()
+    always_response: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in RESPONSE_LOSSES:
@@ -64,13 +66,17 @@ class Objective:
         return RESPONSE_LOSSES[self.kind]
 
     @property
+    def has_response(self) -> bool:
+        return self.alpha > 0 or self.always_response
+
+    @property
     def needs_teacher(self) -> bool:
-        return self.alpha > 0 or self.hard_targets == "teacher" or bool(self.features)
+        return self.has_response or self.hard_targets == "teacher" or bool(self.features)
 
     @property
     def part_names(self) -> tuple[str, ...]:
         """The names of the parts that every call reports, in their order."""
-        response = (self.response.part or self.kind,) if self.alpha > 0 else ()
+        response = (self.response.part or self.kind,) if self.has_response else ()
         return ("cross_entropy", *response, *(term.name or term.kind for term in self.features))
 
     def __call__(
@@ -96,14 +102,14 @@ class Objective:
         """
         if self.needs_teacher and teacher is None:
             others = "hard_targets teacher" if self.hard_targets == "teacher" else "features"
-            wants = f"alpha {self.alpha}" if self.alpha > 0 else others
+            wants = f"alpha {self.alpha}" if self.has_response else others
             raise ValueError(f"{wants} needs the teacher's logits and the batch carries none")
         if teacher is not None and self.hard_targets == "teacher":
             labels_N = self._labels_of(teacher)
         hard_loss = binary_cross_entropy_sum if self.response.multi_label else cross_entropy_sum
         cross_entropy = hard_loss(student_logits_NK, labels_N, label_smoothing=self.label_smoothing)
         losses, weights = [cross_entropy], [1 - self.alpha]
-        if self.alpha > 0:
+        if self.has_response:
             assert teacher is not None
             losses.append(self._response(teacher, student_logits_NK, labels_N))
             weights.append(self.alpha)

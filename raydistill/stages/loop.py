@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from raydistill.data.order import steps_per_epoch
 from raydistill.data.tokens import ids_in, load_tokenizer
 from raydistill.engine import Engine
 from raydistill.errors import UserError
+from raydistill.losses.courses import Course
 from raydistill.losses.objective import Objective
 from raydistill.models import (
     ModelSource,
@@ -67,6 +68,7 @@ class TrainingJob:
     start: str | None  # the fingerprint of a student's first weights, where they need rows of train
     folder: str
     product: str
+    courses: Mapping[str, Course] = field(default_factory=dict[str, Course])  # of the objective's numbers that change
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:
@@ -176,8 +178,11 @@ class _Worker:
     def _step(self, global_rows: int, batches: list[Batch]) -> None:
         started = time.perf_counter()
         torch.manual_seed(_dropout_seed(self.settings.seed, self.state.step, self.rank))
+        objective = self.job.objective
+        if self.job.courses:
+            objective = replace(objective, **self._numbers(self.state.step))
         for batch in batches:
-            loss, parts = self._loss(batch)
+            loss, parts = self._loss(batch, objective)
             if batch.rows:
                 self.meter.add(loss.detach(), parts, batch.rows)
             self.engine.backward(loss, global_rows)
@@ -189,12 +194,16 @@ class _Worker:
         if self.state.step % self.settings.log_every == 0 or self.state.step % self.per_epoch == 0:
             self._report(rate)
 
-    def _loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _numbers(self, step: int) -> dict[str, float]:
+        """The objective's numbers that change, at a step."""
+        return {name: course.at(step, self.total) for name, course in self.job.courses.items()}
+
+    def _loss(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The sum over a micro-batch's rows and its parts; 0, with the graph of a forward, for one without rows."""
         logits, features = self.engine.outputs(batch.inputs)
         if not batch.rows:
             return sum((feature.sum() for feature in features), logits.sum()) * 0, {}
-        objective, labels = self.job.objective, batch.labels_N.to(self.device)
+        labels = batch.labels_N.to(self.device)
         targets = batch.teacher.to(self.device) if batch.teacher and objective.needs_teacher else None
         if self.teacher is None or targets is None:
             return objective(logits, labels, targets)
@@ -210,6 +219,7 @@ class _Worker:
         values = self.meter.means(sums)
         values |= {
             "learning_rate": rate,
+            **self._numbers(self.state.step - 1),
             "grad_norm": self.engine.grad_norm,
             "rows_per_second": float(sums[:, Meter.ROWS].sum()) / max(seconds, 1e-9),
         }

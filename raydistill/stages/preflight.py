@@ -36,10 +36,10 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         raise UserError(
             "teacher.fine_tune: the run in teacher.cache_from did not fine-tune its teacher. Remove the section"
         )
-    if not CODECS[config.teacher.codec].covers(config.train.loss.temperature):
-        raise UserError(
-            f"train.loss.temperature: {config.teacher.codec} does not cover {config.train.loss.temperature}"
-        )
+    for name in ("temperature", "temperature_end"):
+        temperature = getattr(config.train.loss, name)
+        if temperature is not None and not CODECS[config.teacher.codec].covers(temperature):
+            raise UserError(f"train.loss.{name}: {config.teacher.codec} does not cover {temperature}")
     if config.student.init == "pretrained":
         assert config.student.model is not None
         student = find_model("student.model", config.student.model, config.student.revision)

@@ -20,6 +20,7 @@ from raydistill.config import (
     identity,
 )
 from raydistill.errors import Interrupted, UserError, storage_problem
+from raydistill.losses.courses import Course
 from raydistill.losses.objective import Objective
 from raydistill.models import ModelSource, find_model, model_identity
 from raydistill.record.commit import Manifest
@@ -143,12 +144,13 @@ def resolve_precision(settings: Training, standing: Plan | None, resources: Reso
 def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelSource) -> TrainingJob:
     """The plan as what a worker is sent."""
     settings, _ = settings_of(config, role)
-    objective = Objective()
+    objective, courses = Objective(), {}
     if isinstance(settings, Train):
         smoothing = settings.loss.label_smoothing
         objective = Objective(label_smoothing=smoothing)
         if role == "student":
             objective = replace(student_objective(settings.loss), features=feature_terms(config, source.folder()))
+            courses = loss_courses(settings.loss)
     # A control has no teacher, in its choice of checkpoint neither.
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
     return TrainingJob(
@@ -157,7 +159,7 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
         fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
         uses_cache=role == "student", source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
-        folder=PARTS[role].folder, product=PARTS[role].product,
+        folder=PARTS[role].folder, product=PARTS[role].product, courses=courses,
     )  # fmt: skip
 
 
@@ -167,8 +169,15 @@ def student_objective(loss: Loss) -> Objective:
     return Objective(
         temperature=1.0 if loss.kind in WITHOUT_TEMPERATURE else loss.temperature, alpha=loss.alpha, kind=loss.kind,
         parameters=parameters, standardise=loss.standardise, label_smoothing=loss.label_smoothing,
-        hard_targets=loss.hard_targets,
+        hard_targets=loss.hard_targets, always_response=loss.alpha_end is not None,
     )  # fmt: skip
+
+
+def loss_courses(loss: Loss) -> dict[str, Course]:
+    """The numbers of the objective that change from step to step."""
+    ends = {"temperature": loss.temperature_end, "alpha": loss.alpha_end}
+    shape = loss.course or "linear"
+    return {name: Course(getattr(loss, name), end, shape) for name, end in ends.items() if end is not None}
 
 
 def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resources, progress: Progress) -> None:
