@@ -51,6 +51,12 @@ class Data(Section):
         default=0.1, description="a stratified share of train (0 < share < 0.5), or a source"
     )
     test: str = Field(min_length=1, description="read by evaluate alone")
+    unlabelled: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="a source, or a list of them, of more texts: the teacher scores them for the student"
+    )
+    keep_unlabelled: bool = Field(
+        default=False, description="rows of train with an empty label join the unlabelled ones and are not dropped"
+    )
     text: str = Field(default="text", min_length=1, description="the column that holds the text")
     label: str = Field(default="label", min_length=1, description="the column that holds the label's name")
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="of CSV files")
@@ -72,6 +78,11 @@ class Data(Section):
         if not isinstance(value, str) and not 0 < value < 0.5:
             raise ValueError("a share must be above 0 and below 0.5; or give a path")
         return value
+
+    @field_validator("unlabelled", mode="before")
+    @classmethod
+    def _one_source_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("delimiter")
     @classmethod
@@ -371,6 +382,18 @@ class Config(Section):
         if not RUN_NAME.fullmatch(value) or value.upper() in {"CON", "PRN", "AUX", "NUL"}:
             raise ValueError("a run name is a plain name of letters, digits, '.', '_' and '-', at most 64, no path")
         return value
+
+    @model_validator(mode="after")
+    def _rows_without_labels_have_a_teacher(self) -> Config:
+        loss = self.train.loss
+        learns = max(loss.alpha, loss.alpha_end or 0) > 0 or loss.hard_targets == "teacher" or loss.features
+        if (self.data.unlabelled or self.data.keep_unlabelled) and not learns:
+            name = "unlabelled" if self.data.unlabelled else "keep_unlabelled"
+            raise ValueError(
+                f"data.{name} asks for rows without labels, of which train.loss.alpha: 0 learns nothing; raise alpha,"
+                " or remove the setting"
+            )
+        return self
 
 
 def identity(section: Section, *, skip: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -246,6 +246,7 @@ def _absolute(config: Config) -> Config:
                     "validation": absolute_path(data.validation)
                     if isinstance(data.validation, str)
                     else data.validation,
+                    "unlabelled": tuple(map(absolute_path, data.unlabelled)),
                 }
             ),
             "teacher": teacher.model_copy(

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,11 +21,12 @@ from hypothesis import strategies as st
 
 from raydistill.data import duplicates, sources
 from raydistill.data.duplicates import SPLITS, TextIndex
-from raydistill.data.sources import Columns, Row, find_source, read_rows
+from raydistill.data.sources import Columns, Row, find_source, find_sources, read_rows
 from raydistill.data.splits import ValidationDraw, survey
 from raydistill.errors import UserError
 
 COLUMNS = Columns("text", "label", ",", 1000)
+TEXTS = replace(COLUMNS, label=None)
 TWO_ROWS = [("a", "x"), ("b", "y")]
 
 
@@ -439,6 +441,11 @@ def test_hub_data_sets_with_label_names(hub: Path):
     assert first != find_source("data.test", f"hf://{hub}").identity()
 
 
+def test_hub_data_sets_without_a_label_column(hub: Path):
+    written(hub / "train.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    assert read(f"hf://{hub}", TEXTS) == [("a", None), ("b", None)]
+
+
 def test_hub_data_sets_that_are_refused(hub: Path):
     assert refusal(f"hf://{hub}").startswith("cannot be loaded (")
     written(hub / "train.jsonl", '{"text": "a", "label": "x"}\n{"text": "b", "la')
@@ -448,6 +455,46 @@ def test_hub_data_sets_that_are_refused(hub: Path):
     assert refusal(f"hf://{hub}").startswith("has no column 'text', it has 'words', 'label'.")
     assert refusal(f"hf://{hub}@no").startswith("cannot be loaded (")
     assert refusal(f"hf://{hub}:no").startswith("cannot be loaded (")
+
+
+# Rows without a label.
+
+
+def test_a_source_without_labels_is_read_by_its_text_alone(tmp_path: Path):
+    expected = [("a", None), ("b", None), ("empty text", "dropped")]
+    assert read(written(tmp_path / "a.csv", "more,text\n1,a\n2,b\n3,\n"), TEXTS) == expected
+    assert read(written(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "b", "label": 1.5}\n{"text": " "}'), TEXTS) == (
+        expected
+    )
+    assert read(table(tmp_path / "a.parquet", text=["a", "b", ""], label=["x", "y", "z"]), TEXTS) == expected
+    assert refusal(written(tmp_path / "b.csv", ""), TEXTS) == "begins with no header. Its first line must be like text"
+    assert refusal(written(tmp_path / "c.csv", "text\n"), TEXTS) == "has no usable rows (0 dropped)"
+    found = survey(find_source("data.unlabelled", str(tmp_path / "a.csv")), TEXTS, max_dropped=0.5)
+    assert (found.rows, found.unlabelled, found.dropped) == (0, 2, {"empty text": 1})
+
+
+def test_empty_labels_are_kept_when_that_is_asked_for(tmp_path: Path):
+    path = written(tmp_path / "a.csv", "text,label\na,x\nb,\nc, \nd,y\n,x\n")
+    keeping = replace(COLUMNS, keep_unlabelled=True)
+    assert read(path, keeping) == [("a", "x"), ("b", None), ("c", None), ("d", "y"), ("empty text", "dropped")]
+    found = survey(find_source("data.train", str(path)), keeping, max_dropped=0.2)
+    assert (found.labels, found.unlabelled, sum(found.dropped.values())) == ({"x": 1, "y": 1}, 2, 1)
+    with pytest.raises(UserError, match="1 of 5 rows cannot be used"):
+        survey(find_source("data.train", str(path)), keeping, max_dropped=0.19)
+    alone = written(tmp_path / "b.csv", "text,label\na,\nb,\n")
+    assert refusal(alone, keeping) == "has no usable rows (0 dropped, 2 without a label)"
+
+
+def test_several_places_are_one_source_in_their_order(tmp_path: Path):
+    for name in "cab":
+        written(tmp_path / f"{name}.csv", f"text\n{name}\n")
+    places = tuple(str(tmp_path / name) for name in ("c.csv", "[ab].csv"))
+    source = find_sources("data.unlabelled", places)
+    assert [(row.text, row.file) for row in read_rows(source, TEXTS) if isinstance(row, Row)] == [
+        ("c", 0), ("a", 1), ("b", 2),
+    ]  # fmt: skip
+    assert source.identity() == [hashlib.sha256(f"text\n{name}\n".encode()).hexdigest() for name in "cab"]
+    assert find_sources("data.unlabelled", places[::-1]).identity() != source.identity()
 
 
 # The draw of validation rows.
@@ -493,16 +540,22 @@ def naive_report(rows: list[tuple[str, str, int]]) -> dict[str, int]:
     by_text: dict[str, list[tuple[str, int]]] = defaultdict(list)
     for text, split, label in rows:
         by_text[" ".join(text.casefold().split())].append((split, label))
-    in_train = {text: sum(split == "train" for split, _ in found) for text, found in by_text.items()}
-    also = {
-        name: sum(split == name for text, found in by_text.items() if in_train[text] for split, _ in found)
-        for name in ("validation", "test")
-    }
+    of = {text: Counter(split for split, _ in found) for text, found in by_text.items()}
+    labels = [{label for split, label in found if split != "unlabelled"} for found in by_text.values()]
     return {
-        "train_rows_repeating_another": sum(count - 1 for count in in_train.values() if count > 1),
-        "texts_with_two_labels": sum(len({label for _, label in found}) > 1 for found in by_text.values()),
-        "validation_rows_also_in_train": also["validation"],
-        "test_rows_also_in_train": also["test"],
+        "train_rows_repeating_another": sum(max(0, count["train"] - 1) for count in of.values()),
+        "texts_with_two_labels": sum(len(found) > 1 for found in labels),
+        **{
+            f"{name}_rows_also_in_train": sum(count[name] for count in of.values() if count["train"])
+            for name in ("validation", "test")
+        },
+        "unlabelled_rows_repeating_another": sum(
+            count["unlabelled"] if count["train"] else max(0, count["unlabelled"] - 1) for count in of.values()
+        ),
+        **{
+            f"unlabelled_rows_also_in_{name}": sum(count["unlabelled"] for count in of.values() if count[name])
+            for name in ("validation", "test")
+        },
     }
 
 

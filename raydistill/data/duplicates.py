@@ -13,7 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "unlabelled")
+UNLABELLED = SPLITS.index("unlabelled")
+COUNTS = (
+    "train_rows_repeating_another", "texts_with_two_labels", "validation_rows_also_in_train",
+    "test_rows_also_in_train", "unlabelled_rows_repeating_another", "unlabelled_rows_also_in_validation",
+    "unlabelled_rows_also_in_test",
+)  # fmt: skip
 BUCKETS = 64
 BUFFER_ROWS = 1 << 16
 ROW = np.dtype([("text", "<u8"), ("split", "u1"), ("label", "<i4")])
@@ -49,14 +55,12 @@ class TextIndex:
         self._used = 0
 
     def report(self) -> dict[str, int]:
-        """Counts of repeated rows."""
+        """Counts of repeated rows.
+
+        A row without a label repeats another when its text stands in train, or before it among those without a label.
+        """
         self._spill()
-        counts = {
-            "train_rows_repeating_another": 0,
-            "texts_with_two_labels": 0,
-            "validation_rows_also_in_train": 0,
-            "test_rows_also_in_train": 0,
-        }
+        counts: dict[str, int] = dict.fromkeys(COUNTS, 0)
         for path in sorted(Path(self._folder.name).iterdir()):
             _count_bucket(np.fromfile(path, ROW), counts)
         return counts
@@ -67,9 +71,17 @@ def _count_bucket(rows: np.ndarray, counts: dict[str, int]) -> None:
     rows = rows[np.argsort(rows["text"], kind="stable")]
     starts = np.flatnonzero(np.r_[True, rows["text"][1:] != rows["text"][:-1]])
     group = np.repeat(np.arange(len(starts)), np.diff(np.r_[starts, len(rows)]))
-    in_train = np.bincount(group[rows["split"] == 0], minlength=len(starts))
-    lowest, highest = np.minimum.reduceat(rows["label"], starts), np.maximum.reduceat(rows["label"], starts)
+    found = {
+        split: np.bincount(group[rows["split"] == number], minlength=len(starts)) for number, split in enumerate(SPLITS)
+    }
+    in_train, unlabelled = found["train"], found["unlabelled"]
+    # A row without a label says nothing against another's label.
+    bounds, has_label = np.iinfo(np.int32), rows["split"] != UNLABELLED
+    lowest = np.minimum.reduceat(np.where(has_label, rows["label"], bounds.max), starts)
+    highest = np.maximum.reduceat(np.where(has_label, rows["label"], bounds.min), starts)
     counts["train_rows_repeating_another"] += int(np.maximum(in_train - 1, 0).sum())
-    counts["texts_with_two_labels"] += int((lowest != highest).sum())
-    for number, name in ((1, "validation"), (2, "test")):
-        counts[f"{name}_rows_also_in_train"] += int((in_train[group[rows["split"] == number]] > 0).sum())
+    counts["texts_with_two_labels"] += int((lowest < highest).sum())
+    counts["unlabelled_rows_repeating_another"] += int(np.maximum(unlabelled - (in_train == 0), 0).sum())
+    for name in ("validation", "test"):
+        counts[f"{name}_rows_also_in_train"] += int(found[name][in_train > 0].sum())
+        counts[f"unlabelled_rows_also_in_{name}"] += int(unlabelled[found[name] > 0].sum())

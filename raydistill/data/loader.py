@@ -51,7 +51,7 @@ class Shard:
 
 
 class Split:
-    """One split of the data with its share of the teacher's cache.
+    """One split of the data, or several as one, with its share of the teacher's cache.
 
     Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES. The
     teacher's logits are divided by its temperature when they are read: a calibrated teacher's cache is kept raw.
@@ -60,7 +60,7 @@ class Split:
     def __init__(
         self,
         store: Store,
-        split: str,
+        split: str | tuple[str, ...],
         data: Manifest,
         cache: Manifest | None,
         *,
@@ -70,8 +70,9 @@ class Split:
     ) -> None:
         self._store, self._cache, self._tokenizer, self._max_length = store, cache, tokenizer, max_length
         self._teacher_temperature = teacher_temperature
-        self.entries = data.shards(split)
-        self._logits = pair_entries(self.entries, cache.shards(split)) if cache else [None] * len(self.entries)
+        splits = (split,) if isinstance(split, str) else split
+        self.entries = data.shards(*splits)
+        self._logits = pair_entries(self.entries, cache.shards(*splits)) if cache else [None] * len(self.entries)
         self.shard_rows = [entry.rows for entry in self.entries]
         self.rows = sum(self.shard_rows)
         self._held: OrderedDict[int, Future[Shard]] = OrderedDict()

@@ -1,7 +1,7 @@
 """Data shards: a fixed number of rows each, written once in order, read whole.
 
-Columns: row_id (the row's ordinal over train, validation and test), text, label (class number), and where the row came
-from (source_file, source_row).
+Columns: row_id (the row's ordinal over all splits, in the order of SPLITS), text, label (class number; -100 without
+one), and where the row came from (source_file, source_row).
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from raydistill.data.sources import Row
 from raydistill.record.commit import Entry, commit_shard, committed_shard, open_verified, shard_name
 from raydistill.record.store import Store, naming
 
+SPLITS = ("train", "validation", "test", "unlabelled")
+NO_LABEL = -100  # what the losses take for a row without a label
+# What a model learns from. Rows without a label have something to say only where there is a teacher.
+LABELLED_SPLITS = ("train",)
+STUDENT_SPLITS = ("train", "unlabelled")
 SCHEMA = pa.schema(
     [
         pa.field("row_id", pa.int64(), nullable=False),

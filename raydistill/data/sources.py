@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Literal
@@ -22,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydistill.data.hub import hub_identity, hub_rows
+from raydistill.data.labels import read_label
 from raydistill.errors import UserError, first_line
 
 Reason = Literal[
@@ -30,16 +30,18 @@ Reason = Literal[
 ]  # fmt: skip
 PARQUET_BATCH_ROWS = 1024
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
-LABEL_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}")  # one line that can be printed
 LINE_CHARACTERS = 1 << 24  # what is read of a longer line; the rest is skipped, so that memory stays flat
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A usable row, and where it stands: the file's number among the split's files, the row's number from 1."""
+    """A usable row, and where it stands: the file's number among the split's files, the row's number from 1.
+
+    label is None for a row that the source may leave unlabelled.
+    """
 
     text: str
-    label: str
+    label: str | None
     file: int
     number: int
 
@@ -55,12 +57,20 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns to read, and the limits on what is in them."""
+    """Which columns to read, and the limits on what is in them.
+
+    Without a label column no row has a label; with keep_unlabelled a row with an empty label is one without.
+    """
 
     text: str
-    label: str
+    label: str | None
     delimiter: str
     max_row_bytes: int
+    keep_unlabelled: bool = False
+
+    @property
+    def names(self) -> list[str]:
+        return [self.text] if self.label is None else [self.text, self.label]
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,12 @@ class Source:
     def identity(self) -> list[str]:
         """What of it determines the rows: contents and order, not paths."""
         return list(self.sha256)
+
+
+def find_sources(setting: str, locations: tuple[str, ...]) -> Source:
+    """The files at several places as one source, in the order of the places, each as `find_source` finds them."""
+    found = [find_source(setting, location) for location in locations]
+    return Source(setting, tuple(f for s in found for f in s.files), tuple(d for s in found for d in s.sha256))
 
 
 def find_source(setting: str, location: str) -> Source:
@@ -146,18 +162,18 @@ def read_rows(source: Source, columns: Columns) -> Iterator[Row | Dropped]:
     for number, path in enumerate(source.files):
         try:
             for index, values in enumerate(readers[kind_of(source.setting, path)](source.setting, path, columns), 1):
-                yield _row(values, number, index, columns.max_row_bytes)
+                yield _row(values, number, index, columns)
         except UnicodeDecodeError as error:
             raise UserError(f"{source.setting}: {path}: is not UTF-8 ({error.reason}). Save it as UTF-8") from None
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{source.setting}: {path}: cannot be read ({first_line(error)}). Check the file") from None
 
 
-def _row(values: tuple[Any, Any] | None, file: int, number: int, max_row_bytes: int) -> Row | Dropped:
+def _row(values: tuple[Any, Any] | None, file: int, number: int, columns: Columns) -> Row | Dropped:
     """The rules for single rows, each with its reason."""
     if values is None:
         return Dropped("malformed", file, number)
-    text, label = values
+    text, value = values
     if text is None:
         return Dropped("null text", file, number)
     if not isinstance(text, str):
@@ -166,20 +182,19 @@ def _row(values: tuple[Any, Any] | None, file: int, number: int, max_row_bytes: 
     if not text:
         return Dropped("empty text", file, number)
     try:
-        if len(text.encode()) > max_row_bytes:
+        if len(text.encode()) > columns.max_row_bytes:
             return Dropped("over max_row_bytes", file, number)
     except UnicodeEncodeError:
         return Dropped("text is not text", file, number)
-    if label is None or label == "":
-        return Dropped("null label", file, number)
-    if isinstance(label, bool) or not isinstance(label, str | int):
+    if columns.label is None:
+        return Row(text, None, file, number)
+    try:
+        label = read_label(value)
+    except ValueError:
         return Dropped("label is not a name", file, number)
-    label = str(label).strip()
-    if not label:
+    if label is None and not columns.keep_unlabelled:
         return Dropped("null label", file, number)
-    return (
-        Row(text, label, file, number) if LABEL_NAME.fullmatch(label) else Dropped("label is not a name", file, number)
-    )
+    return Row(text, label, file, number)
 
 
 def _read_csv(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
@@ -192,11 +207,10 @@ def _read_csv(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, 
         except csv.Error as error:
             raise UserError(f"{setting}: {path}: the header is not CSV ({error}). Check the file") from None
         if not header:
-            raise UserError(
-                f"{setting}: {path}: begins with no header. Its first line must be like {columns.text},{columns.label}"
-            )
+            like = ",".join(columns.names)
+            raise UserError(f"{setting}: {path}: begins with no header. Its first line must be like {like}")
         _check_columns(setting, path, header, columns)
-        text, label = header.index(columns.text), header.index(columns.label)
+        places = [header.index(name) for name in columns.names]
         while True:
             line = reader.line_num
             try:
@@ -208,12 +222,17 @@ def _read_csv(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, 
                 yield from [None] * (reader.line_num - line)
                 continue
             if fields:
-                yield (fields[text], fields[label]) if len(fields) == len(header) else None
+                yield _pair([fields[place] for place in places]) if len(fields) == len(header) else None
+
+
+def _pair(values: list[Any]) -> tuple[Any, Any]:
+    """A row's text and label; None for the label where no column holds one."""
+    return values[0], values[1] if len(values) > 1 else None
 
 
 def _check_columns(setting: str, path: str, names: list[str], columns: Columns) -> None:
     """Raises UserError when a column that is asked for is not there, or there twice."""
-    for name in (columns.text, columns.label):
+    for name in columns.names:
         if names.count(name) > 1:
             raise UserError(f"{setting}: {path}: has {names.count(name)} columns named {name!r}. Rename all but one")
         if name not in names:
@@ -237,7 +256,7 @@ def _read_jsonl(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any
             if is_first and isinstance(value, dict):
                 _check_columns(setting, path, list(value), columns)
             is_first = False
-            yield (value.get(columns.text), value.get(columns.label)) if isinstance(value, dict) else None
+            yield _pair([value.get(name) for name in columns.names]) if isinstance(value, dict) else None
 
 
 def _read_parquet(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
@@ -248,15 +267,16 @@ def _read_parquet(setting: str, path: str, columns: Columns) -> Iterator[tuple[A
         plain = kind.value_type if pa.types.is_dictionary(kind) else kind
         if plain not in TEXT_TYPES:
             raise UserError(f"{setting}: {path}: column {columns.text!r} holds {kind}, expected text. Set data.text")
-        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=[columns.text, columns.label], use_threads=False):
-            yield from zip(batch.column(columns.text).to_pylist(), batch.column(columns.label).to_pylist(), strict=True)
+        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=columns.names, use_threads=False):
+            held = [batch.column(name).to_pylist() for name in columns.names]
+            yield from (_pair(list(values)) for values in zip(*held, strict=True))
 
 
 def _read_hub(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
     for index, row in enumerate(hub_rows(setting, path)):
         if index == 0:
             _check_columns(setting, path, list(row), columns)
-        yield row[columns.text], row[columns.label]
+        yield _pair([row[name] for name in columns.names])
 
 
 def _open(path: str) -> IO[bytes]:

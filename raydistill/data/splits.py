@@ -12,14 +12,16 @@ from raydistill.errors import UserError
 
 @dataclass
 class Survey:
-    """A first pass over a source: rows by label, dropped rows by reason."""
+    """A first pass over a source: rows by label and without one, dropped rows by reason."""
 
     labels: Counter[str] = field(default_factory=Counter)
+    unlabelled: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     first_dropped: str = ""
 
     @property
     def rows(self) -> int:
+        """Rows with a label."""
         return sum(self.labels.values())
 
 
@@ -30,15 +32,18 @@ def survey(source: Source, columns: Columns, max_dropped: float) -> Survey:
         if isinstance(row, Dropped):
             found.dropped[row.reason] += 1
             found.first_dropped = found.first_dropped or f"{source.files[row.file]}: row {row.number}: {row.reason}"
+        elif row.label is None:
+            found.unlabelled += 1
         else:
             found.labels[row.label] += 1
-    dropped = sum(found.dropped.values())
-    if not found.rows:
+    dropped, used = sum(found.dropped.values()), found.rows + found.unlabelled
+    if not found.rows and not (columns.label is None and used):
         reason = f"; {found.first_dropped}" if dropped else ""
-        raise UserError(f"{source.setting}: {source.files[0]}: has no usable rows ({dropped} dropped{reason})")
-    if dropped > max_dropped * (dropped + found.rows):
+        without = f", {found.unlabelled} without a label" if found.unlabelled else ""
+        raise UserError(f"{source.setting}: {source.files[0]}: has no usable rows ({dropped} dropped{without}{reason})")
+    if dropped > max_dropped * (dropped + used):
         raise UserError(
-            f"{source.setting}: {found.first_dropped}; {dropped} of {dropped + found.rows} rows cannot be used."
+            f"{source.setting}: {found.first_dropped}; {dropped} of {dropped + used} rows cannot be used."
             " Mend the file, or raise data.max_dropped"
         )
     return found

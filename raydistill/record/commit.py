@@ -40,8 +40,10 @@ class Manifest:
     files: tuple[Entry, ...]
     facts: dict[str, Any]
 
-    def shards(self, split: str) -> list[Entry]:
-        return [entry for entry in self.files if entry.file.startswith(f"{split}-") and entry.file.endswith(".parquet")]
+    def shards(self, *splits: str) -> list[Entry]:
+        """The shards of these splits, one split after the other; a split that is not there has none."""
+        shards = [entry for entry in self.files if entry.file.endswith(".parquet")]
+        return [entry for split in splits for entry in shards if entry.file.startswith(f"{split}-")]
 
 
 def shard_name(split: str, number: int) -> str:

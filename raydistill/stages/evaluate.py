@@ -191,8 +191,8 @@ def _report(
 
 
 def forwards_per_row(data: Manifest, cache: Manifest) -> float:
-    """Rows that the teacher scored for the cache, by the records of its workers, for each train and validation row."""
-    return cache.facts["forwards"] / (data.facts["rows"]["train"] + data.facts["rows"]["validation"])
+    """Rows that the teacher scored for the cache, by the records of its workers, for each row that is not test."""
+    return cache.facts["forwards"] / sum(rows for split, rows in data.facts["rows"].items() if split != "test")
 
 
 def _labels(run: Run, data: Manifest, split: str) -> np.ndarray:

@@ -64,6 +64,8 @@ class TrainingJob:
     data_url: str
     uses_cache: bool
     teacher_temperature: float  # what the cached logits are divided by
+    splits: tuple[str, ...]  # what it learns from
+    epoch_rows: int  # what an epoch counts: a control without its student's unlabelled rows takes as many steps
     source: ModelSource  # what the model is built from: the start of a teacher, the teacher of a student
     start: str | None  # the fingerprint of a student's first weights, where they need rows of train
     folder: str
@@ -115,7 +117,7 @@ class _Worker:
             self.model, self.teacher = with_features(job, self.model, self.tokenizer, self.device)
         if job.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        self.train_split, self.validation_split = (self._split(s) for s in ("train", "validation"))
+        self.train_split, self.validation_split = (self._split(s) for s in (job.splits, ("validation",)))
         checkpoint = self._agree_on_checkpoint()
         self.state = checkpoint.state if checkpoint else State()
         if checkpoint:
@@ -125,19 +127,20 @@ class _Worker:
         if checkpoint:
             self.engine.restore_optimizer(checkpoint.optimizer_state(), self.state.step)
             self.post({"going_on_from": self.state.step})
-        self.per_epoch = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
+        self.per_pass = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
+        self.per_epoch = steps_per_epoch(job.epoch_rows, job.settings.batch_size)
         self.total = self.per_epoch * job.settings.epochs
         self.curves = Curves(self.store, job.folder, self.state.step) if self.rank == 0 else None
         self.meter = Meter(job.objective.part_names, self.device)
 
-    def _split(self, split: str) -> Split:
+    def _split(self, splits: tuple[str, ...]) -> Split:
         store = open_store(self.job.data_url)
         data = read_manifest(store, "data")
         cache = read_manifest(store, "teacher/cache") if self.job.uses_cache else None
         assert data is not None
         assert cache is not None or not self.job.uses_cache
         return Split(
-            store, split, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length,
+            store, splits, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length,
             teacher_temperature=self.job.teacher_temperature,
         )  # fmt: skip
 
@@ -158,7 +161,7 @@ class _Worker:
                 if self._should_stop():
                     self._save()
                     return {"outcome": "stopped", "step": self.state.step}
-                if self._out_of_patience():
+                if self._out_of_patience() or self.state.step == self.total:
                     break
         if self.rank == 0:
             self._publish()
@@ -167,9 +170,9 @@ class _Worker:
     def _steps_of_epoch(self) -> Any:
         return self.train_split.training_steps(
             seed=self.settings.seed,
-            epoch=self.state.step // self.per_epoch,
+            epoch=self.state.step // self.per_pass,
             batch_size=self.settings.batch_size,
-            first_step=self.state.step % self.per_epoch,
+            first_step=self.state.step % self.per_pass,
             rank=self.rank,
             world=self.world,
             accumulation=self.settings.accumulation,

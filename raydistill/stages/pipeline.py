@@ -98,6 +98,6 @@ def plan(config: Config, progress: Progress) -> Cost:
         rows, labels = data.facts["rows"], data.facts["labels"]
     else:
         surveyed = survey_sources(config, progress)
-        rows, labels = {split: surveyed.rows(split) for split in ("train", "validation", "test")}, surveyed.labels
+        rows, labels = surveyed.rows, surveyed.labels
     check_models(config, run, labels)
     return cost(config, rows, len(labels))

@@ -9,6 +9,7 @@ from pathlib import Path
 from raydistill.cache.codecs import CODECS
 from raydistill.config import Config
 from raydistill.data.order import steps_per_epoch
+from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import ModelSource, check_length, find_model, label_order
@@ -128,7 +129,8 @@ class Cost:
 def cost(config: Config, rows: dict[str, int], classes: int) -> Cost:
     """The cost of a run over these rows."""
     per_class, per_row = CODEC_BYTES[config.teacher.codec]
-    forwards = rows["train"] + rows["validation"]
+    forwards = sum(count for split, count in rows.items() if split != "test")
+    learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
     steps = {}
     for role in ("teacher", "student", "control"):
         if (role == "teacher" and config.teacher.fine_tune is None) or (
@@ -136,6 +138,7 @@ def cost(config: Config, rows: dict[str, int], classes: int) -> Cost:
         ):
             continue
         settings, _ = settings_of(config, role)
-        steps[role] = settings.epochs * steps_per_epoch(rows["train"], settings.batch_size)
-    beside = config.train.epochs * rows["train"] if config.train.loss.features else 0
+        of_role = rows["train"] if role == "teacher" else learnt
+        steps[role] = settings.epochs * steps_per_epoch(of_role, settings.batch_size)
+    beside = config.train.epochs * learnt if config.train.loss.features else 0
     return Cost(rows, forwards, forwards * (classes * per_class + per_row), steps, beside)

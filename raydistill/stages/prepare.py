@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raydistill.config import Config
 from raydistill.data.duplicates import TextIndex
-from raydistill.data.shards import ShardWriter
-from raydistill.data.sources import Columns, Dropped, Source, find_source, read_rows
+from raydistill.data.shards import NO_LABEL, SPLITS, ShardWriter
+from raydistill.data.sources import Columns, Dropped, Row, Source, find_sources, read_rows
 from raydistill.data.splits import Survey, ValidationDraw, survey
 from raydistill.errors import UserError
 from raydistill.record.commit import Entry, Manifest, commit_manifest
@@ -32,11 +32,24 @@ class Surveyed:
     labels: list[str]
     validation_rows: dict[str, int]  # by label, when validation is a share of train
 
-    def rows(self, split: str) -> int:
+    @property
+    def rows(self) -> dict[str, int]:
+        """Rows of every split; "unlabelled" is there when it has any."""
         drawn = sum(self.validation_rows.values())
-        if split == "validation" and "validation" not in self.sources:
-            return drawn
-        return self.found[split].rows - (drawn if split == "train" else 0)
+        rows = {split: self.found[split].rows for split in ("train", "validation", "test") if split in self.found}
+        rows |= {"train": rows["train"] - drawn} | ({} if "validation" in rows else {"validation": drawn})
+        unlabelled = sum(found.unlabelled for found in self.found.values())
+        return {split: rows[split] for split in ("train", "validation", "test")} | (
+            {"unlabelled": unlabelled} if unlabelled else {}
+        )
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """The files of every split, by whose place a row names its own."""
+        files = {split: list(source.files) for split, source in self.sources.items()}
+        if self.found["train"].unlabelled:
+            files["unlabelled"] = files["train"] + files.get("unlabelled", [])
+        return files
 
 
 def prepare(config: Config, run: Run, surveyed: Surveyed | None, progress: Progress) -> Manifest:
@@ -54,15 +67,15 @@ def prepare(config: Config, run: Run, surveyed: Surveyed | None, progress: Progr
     assert plan is not None
     entries, report = _write(config, run, surveyed, plan.fingerprint, progress)
     for split, source in surveyed.sources.items():
-        if find_source(source.setting, _location(config, split)).sha256 != source.sha256:
+        if _find(config, split).sha256 != source.sha256:
             raise UserError(f"{source.setting}: {source.files[0]}: changed while it was read. Use --redo prepare")
     facts = {
         "labels": surveyed.labels,
-        "rows": {split: surveyed.rows(split) for split in ("train", "validation", "test")},
+        "rows": surveyed.rows,
         "rows_by_label": {split: dict(sorted(found.labels.items())) for split, found in surveyed.found.items()},
         "dropped": {split: dict(sorted(found.dropped.items())) for split, found in surveyed.found.items()},
         "repeated": report,
-        "files": {split: list(source.files) for split, source in surveyed.sources.items()},
+        "files": surveyed.files,
     }
     manifest = commit_manifest(run.store, "data", plan.fingerprint, entries, facts)
     for line in data_report(facts):
@@ -75,23 +88,24 @@ def standing_data(config: Config, run: Run) -> Manifest | None:
     plan, manifest = run.plan("data"), run.complete("data")
     if plan is None or manifest is None or run.redo == "prepare":
         return None
-    sources = {split: find_source(f"data.{split}", _location(config, split)).identity() for split in _splits(config)}
+    sources = {split: _find(config, split).identity() for split in _splits(config)}
     asked = {"sources_sha256": dict(sorted(sources.items())), **_settings(config)}
     return manifest if all(plan.inputs.get(name) == value for name, value in asked.items()) else None
 
 
 def _splits(config: Config) -> list[str]:
-    return ["train", "test"] + (["validation"] if isinstance(config.data.validation, str) else [])
+    """The splits that have sources of their own."""
+    more = {"validation": isinstance(config.data.validation, str), "unlabelled": bool(config.data.unlabelled)}
+    return ["train", "test", *(split for split, is_there in more.items() if is_there)]
 
 
 def survey_sources(config: Config, progress: Progress) -> Surveyed:
     """The first pass: everything about the sources that can be wrong is found here."""
-    columns, limit = columns_of(config), config.data.max_dropped
     splits = _splits(config)
-    sources = {split: find_source(f"data.{split}", _location(config, split)) for split in splits}
+    sources = {split: _find(config, split) for split in splits}
     found: dict[str, Survey] = {}
     for split, source in sources.items():
-        found[split] = survey(source, columns, limit)
+        found[split] = survey(source, columns_of(config, split), config.data.max_dropped)
         progress.check()
     labels = sorted(found["train"].labels)
     if len(labels) < 2:
@@ -111,12 +125,17 @@ def survey_sources(config: Config, progress: Progress) -> Surveyed:
     return Surveyed(sources, found, labels, drawn)
 
 
-def columns_of(config: Config) -> Columns:
-    return Columns(config.data.text, config.data.label, config.data.delimiter, config.data.max_row_bytes)
+def columns_of(config: Config, split: str) -> Columns:
+    """What is read of a split's sources: of the unlabelled ones the text alone."""
+    data = config.data
+    label = None if split == "unlabelled" else data.label
+    keeps = data.keep_unlabelled and split == "train"
+    return Columns(data.text, label, data.delimiter, data.max_row_bytes, keeps)
 
 
-def _location(config: Config, split: str) -> str:
-    return str(getattr(config.data, split))
+def _find(config: Config, split: str) -> Source:
+    places = getattr(config.data, split)
+    return find_sources(f"data.{split}", places if isinstance(places, tuple) else (places,))
 
 
 def _check_labels(source: Source, found: Survey, labels: list[str]) -> None:
@@ -132,7 +151,7 @@ def data_plan(config: Config, surveyed: Surveyed) -> Plan:
     """Everything that determines the bytes of the data shards."""
     inputs = {
         "sources_sha256": {split: source.identity() for split, source in sorted(surveyed.sources.items())},
-        "rows": {split: surveyed.rows(split) for split in ("train", "validation", "test")},
+        "rows": surveyed.rows,
         "labels": surveyed.labels,
     }
     return Plan("data", inputs | _settings(config))
@@ -146,6 +165,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "task": config.task,
         **{f"data.{name}": getattr(config.data, name) for name in names},
         "data.validation": share,
+        **({"data.keep_unlabelled": True} if config.data.keep_unlabelled else {}),
     }
 
 
@@ -153,44 +173,63 @@ def _write(
     config: Config, run: Run, surveyed: Surveyed, fingerprint: str, progress: Progress
 ) -> tuple[list[Entry], dict[str, int]]:
     """The second pass: every row to its split's shard; the entries, and what stands twice."""
-    number = {label: index for index, label in enumerate(surveyed.labels)}
-    writers, first = {}, 0
-    for split in ("train", "validation", "test"):
-        writers[split] = ShardWriter(
-            run.store, split, first_row_id=first, shard_rows=config.data.shard_rows, fingerprint=fingerprint
-        )
-        first += surveyed.rows(split)
-    share = config.data.validation
-    draw = (
-        None
-        if isinstance(share, str)
-        else ValidationDraw(surveyed.found["train"].labels, share, config.data.split_seed)
-    )
-    done, started = 0, time.monotonic()
+    writers, total = _writers(config, run, surveyed, fingerprint)
+    places, done, started = _Places(config, surveyed), 0, time.monotonic()
     with TextIndex() as index:
-        for source_split, source in surveyed.sources.items():
-            for row in read_rows(source, columns_of(config)):
+        for split, source in surveyed.sources.items():
+            for row in read_rows(source, columns_of(config, split)):
                 if isinstance(row, Dropped):
                     continue
-                split = "validation" if source_split == "train" and draw and draw.takes(row.label) else source_split
-                if row.label not in number:
+                target, number, row = places.of(split, row)
+                if number is None or target not in writers:
                     raise UserError(
                         f"{source.setting}: {source.files[row.file]}: changed while it was read. Use --redo prepare"
                     )
-                writers[split].add(row, number[row.label])
-                index.add(row.text, split, number[row.label])
+                writers[target].add(row, number)
+                index.add(row.text, target, number)
                 done += 1
                 if done % 4096 == 0:
                     progress.check()
-                    progress.counts("prepare", done, first, "rows", started)
-        entries = [entry for writer in writers.values() for entry in writer.close()]
-        return entries, index.report()
+                    progress.counts("prepare", done, total, "rows", started)
+        return [entry for writer in writers.values() for entry in writer.close()], index.report()
+
+
+class _Places:
+    """Which split each row goes to, with the number of its class."""
+
+    def __init__(self, config: Config, surveyed: Surveyed) -> None:
+        self._numbers = {label: index for index, label in enumerate(surveyed.labels)}
+        share, found = config.data.validation, surveyed.found["train"]
+        self._draw = None if isinstance(share, str) else ValidationDraw(found.labels, share, config.data.split_seed)
+        # Rows without a label come from train's files too, which then stand before the others'.
+        self._files_before = len(surveyed.sources["train"].files) if found.unlabelled else 0
+
+    def of(self, split: str, row: Row) -> tuple[str, int | None, Row]:
+        """The split, the class's number (None for an unknown label) and the row with its place among the files."""
+        if split == "unlabelled":
+            return split, NO_LABEL, replace(row, file=row.file + self._files_before)
+        if row.label is None:
+            return "unlabelled", NO_LABEL, row
+        number = self._numbers.get(row.label)
+        drawn = split == "train" and number is not None and self._draw is not None and self._draw.takes(row.label)
+        return "validation" if drawn else split, number, row
+
+
+def _writers(config: Config, run: Run, surveyed: Surveyed, fingerprint: str) -> tuple[dict[str, ShardWriter], int]:
+    """A writer for each split, and the number of all rows: row ids count on from split to split."""
+    writers, first = {}, 0
+    for split, rows in surveyed.rows.items():
+        writers[split] = ShardWriter(
+            run.store, split, first_row_id=first, shard_rows=config.data.shard_rows, fingerprint=fingerprint
+        )
+        first += rows
+    return writers, first
 
 
 def data_report(facts: dict[str, Any]) -> list[str]:
     """What is worth knowing about the data, a line each."""
     rows = facts["rows"]
-    counts = ", ".join(f"{rows[split]:,} {split}" for split in ("train", "validation", "test"))
+    counts = ", ".join(f"{rows[split]:,} {split}" for split in SPLITS if split in rows)
     lines = [f"{counts} rows, {len(facts['labels'])} labels"]
     for split, dropped in facts["dropped"].items():
         if dropped:
@@ -201,8 +240,11 @@ def data_report(facts: dict[str, Any]) -> list[str]:
         "texts_with_two_labels": "texts stand with more than one label",
         "validation_rows_also_in_train": "validation rows are in train too",
         "test_rows_also_in_train": "test rows are in train too: the test is easier than it looks",
+        "unlabelled_rows_repeating_another": "unlabelled rows repeat another one or stand in train",
+        "unlabelled_rows_also_in_validation": "unlabelled rows are in validation too",
+        "unlabelled_rows_also_in_test": "unlabelled rows are in the test too, whose labels they do not have",
     }
-    lines += [f"note: {repeated[key]:,} {text}" for key, text in names.items() if repeated[key]]
+    lines += [f"note: {repeated[key]:,} {text}" for key, text in names.items() if repeated.get(key)]
     rare = [label for label, count in Counter(facts["rows_by_label"]["train"]).items() if count < 5]
     if rare:
         lines.append(f"note: {len(rare)} labels have fewer than 5 rows in train, such as {rare[0]!r}")

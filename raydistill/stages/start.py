@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from raydistill.data.shards import read_split
+from raydistill.data.shards import STUDENT_SPLITS, read_split
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import load_classifier, save_classifier
@@ -35,8 +35,8 @@ def start_folders(folder: str) -> tuple[str, ...]:
 
 
 def train_rows(store: Store, data: Manifest) -> Rows:
-    """The rows of train as `build_student` takes them."""
-    return lambda: read_split(store, data.shards("train"))
+    """The rows that a student learns from, with and without labels, as `build_student` takes them."""
+    return lambda: read_split(store, data.shards(*STUDENT_SPLITS))
 
 
 def made_once(

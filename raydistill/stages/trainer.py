@@ -19,6 +19,7 @@ from raydistill.config import (
     Training,
     identity,
 )
+from raydistill.data.shards import LABELLED_SPLITS, STUDENT_SPLITS
 from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.losses.courses import Course
 from raydistill.losses.objective import Objective
@@ -153,11 +154,14 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
             courses = loss_courses(settings.loss)
     # A control has no teacher, in its choice of checkpoint neither.
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
+    data = run.require("data")
+    counted = data.shards(*(LABELLED_SPLITS if role == "teacher" else STUDENT_SPLITS))
     return TrainingJob(
         role=role, config=config, settings=settings, objective=objective, metric=metric,
-        precision=plan.inputs["precision"], labels=tuple(run.require("data").facts["labels"]),
-        fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
-        uses_cache=role == "student", source=source, start=start_fingerprint(role, config, run, source),
+        precision=plan.inputs["precision"], labels=tuple(data.facts["labels"]), fingerprint=plan.fingerprint,
+        run_url=run.store.root, data_url=run.home("data").root, uses_cache=role == "student",
+        splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS, epoch_rows=sum(e.rows for e in counted),
+        source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
         folder=PARTS[role].folder, product=PARTS[role].product, courses=courses,
     )  # fmt: skip

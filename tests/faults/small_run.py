@@ -102,7 +102,7 @@ class Record:
 
 
 def run_stages(request: dict[str, Any], record: Record) -> None:
-    """`raydistill run` with one process in the place of Ray's actors and workers."""
+    """`raydistill run` with one process in the place of Ray's actors and workers, and models that are not timed."""
 
     @contextlib.contextmanager
     def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
