@@ -7,7 +7,7 @@ result, so it stays out of every fingerprint (see `identity`).
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -16,6 +16,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Metric = Literal["accuracy", "macro_f1", "nll", "kl", "agreement"]
 TeacherMetrics = ("kl", "agreement")
+LayerChoice = Literal["first", "last", "uniform"]
 MAX_SEED = 2**32 - 1  # the largest that numpy, torch and transformers all take
 
 
@@ -189,18 +190,39 @@ class Student(Section):
     """The small model and where its first weights come from."""
 
     init: Literal["teacher_layers", "pretrained", "config"] = "teacher_layers"
-    layers: tuple[int, ...] | None = Field(
-        default=None, description="teacher_layers: which, counted from 0; absent: every other one"
+    layers: LayerChoice | tuple[int, ...] | None = Field(
+        default=None,
+        description="teacher_layers: which, counted from 0, or num_layers of them by a rule; absent: every other one",
     )
     model: str | None = Field(default=None, description="pretrained: a folder or a hub id")
     revision: str | None = None
     model_type: str = Field(default="bert", description="config: the architecture's name in transformers")
     hidden_size: int | None = Field(default=None, ge=1, le=1 << 16, description="config")
-    num_layers: int | None = Field(default=None, ge=1, le=1024, description="config")
-    num_heads: int | None = Field(
-        default=None, ge=1, le=1024, description="config; absent: one for every 64 of hidden_size"
+    num_layers: int | None = Field(
+        default=None, ge=1, le=1024, description="config; teacher_layers: with layers: first, last or uniform"
     )
-    feed_forward: int | None = Field(default=None, ge=1, le=1 << 18, description="config; absent: 4 x hidden_size")
+    num_heads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="config, absent: one for every 64 of hidden_size; teacher_layers: the most important ones of every"
+        " layer, absent: all",
+    )
+    feed_forward: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 18,
+        description="units; config, absent: 4 x hidden_size; teacher_layers: the most important ones of every layer,"
+        " absent: all",
+    )
+    importance: Literal["taylor", "magnitude"] | None = Field(
+        default=None,
+        description="of heads and units: what rows of train would lose without them, to the first order; or the size of"
+        " their weights, which needs no rows; absent: taylor",
+    )
+    importance_rows: int | None = Field(
+        default=None, ge=1, le=1 << 24, description="taylor: how many rows of train are drawn for it; absent: 512"
+    )
     dropout: float | None = Field(default=None, ge=0, lt=1, description="absent: the architecture's own")
     trim_vocabulary: bool = Added(
         False, description="keep the tokens that train uses and those that any text needs, and drop the others"
@@ -215,13 +237,25 @@ class Student(Section):
             raise ValueError("vocabulary_min_count means nothing without trim_vocabulary: true; remove it")
         return self
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_are_a_rule_or_numbers(cls, value: Any) -> Any:
+        # Of a union pydantic would name every member.
+        if value is None or value in get_args(LayerChoice):
+            return value
+        if not isinstance(value, list | tuple) or any(type(layer) is not int for layer in value):
+            raise ValueError(f"it should be a list of whole numbers, or {', '.join(get_args(LayerChoice))}")
+        return value
+
     @model_validator(mode="after")
     def _settings_fit_init(self) -> Student:
-        sizes = ("model_type", "hidden_size", "num_layers", "num_heads", "feed_forward")
+        width = ("num_heads", "feed_forward")
+        sizes = ("model_type", "hidden_size")
+        chosen = ("layers", "importance", "importance_rows")
         needed = {"pretrained": ("model",), "config": ("hidden_size", "num_layers"), "teacher_layers": ()}[self.init]
         foreign = {
-            "pretrained": ("layers", *sizes),
-            "config": ("layers", "model", "revision"),
+            "pretrained": (*chosen, *sizes, "num_layers", *width),
+            "config": (*chosen, "model", "revision"),
             "teacher_layers": ("model", "revision", *sizes),
         }[self.init]
         for name in needed:
@@ -230,13 +264,31 @@ class Student(Section):
         for name in foreign:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} means nothing with init: {self.init}; remove it")
-        if self.layers is not None and (
-            not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0
-        ):
-            raise ValueError(f"layers must be rising numbers from 0, found {list(self.layers)}")
         if self.hidden_size and self.hidden_size % (self.num_heads or max(1, self.hidden_size // 64)):
             heads = f"num_heads {self.num_heads}" if self.num_heads else "hidden_size // 64 heads; set num_heads"
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of {heads}")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_rising(self) -> Student:
+        layers = self.layers
+        if isinstance(layers, tuple) and (not layers or list(layers) != sorted(set(layers)) or layers[0] < 0):
+            raise ValueError(f"layers must be rising numbers from 0, found {list(layers)}")
+        if self.init == "teacher_layers" and isinstance(layers, str) != (self.num_layers is not None):
+            raise ValueError(
+                f"layers: {layers} needs num_layers, how many of the teacher's"
+                if isinstance(layers, str)
+                else f"num_layers needs layers: {', '.join(get_args(LayerChoice))}; or list the layers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _importance_has_a_use(self) -> Student:
+        if self.importance_rows is not None and self.importance == "magnitude":
+            raise ValueError("importance_rows means nothing with importance: magnitude; remove it")
+        for name in ("importance", "importance_rows"):
+            if getattr(self, name) is not None and self.num_heads is None and self.feed_forward is None:
+                raise ValueError(f"{name} means nothing without num_heads or feed_forward; remove it")
         return self
 
 

@@ -180,6 +180,15 @@ def test_importance_is_the_same_again_and_leaves_the_teacher_as_it_was():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_feed_forward_that_runs_in_chunks_is_measured_whole():
+    model = teacher("bert")
+    (whole,) = taylor(model, [(batch(), LABELS_N)], [feed_forward(model).outlet], loss_sum=loss_sum)
+    for layer in layers_of(model):
+        layer.chunk_size_feed_forward = 3
+    (chunked,) = taylor(model, [(batch(), LABELS_N)], [feed_forward(model).outlet], loss_sum=loss_sum)
+    assert all(torch.equal(one, other) for one, other in zip(whole, chunked, strict=True))
+
+
 def permuted_units(model: Any, order: torch.Tensor) -> Any:
     """The same function with the units of each layer in another order."""
     other = copy.deepcopy(model)

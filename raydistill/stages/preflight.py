@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from raydistill.cache.codecs import CODECS
 from raydistill.config import Config
@@ -21,6 +19,7 @@ from raydistill.stages.progress import size
 from raydistill.stages.teach import cache_plan, teacher_source
 from raydistill.stages.trainer import settings_of, training_plan
 from raydistill.students.sizes import check_architecture
+from raydistill.students.sketch import sketch
 from raydistill.students.vocabulary import check_trimmable
 
 CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (1, 4)}
@@ -48,18 +47,11 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         check_length("the student", student, config.data.max_length)
     elif config.student.init == "config":
         check_architecture(config.student.model_type)
-    elif config.student.init == "teacher_layers" and config.student.layers:
-        _check_layers(folder, config.student.layers)
+    else:
+        sketch(config.student, folder)
     if config.student.trim_vocabulary:
         check_trimmable(tokenizer)
     feature_terms(config, folder)
-
-
-def _check_layers(folder: Path, layers: tuple[int, ...]) -> None:
-    facts = json.loads((folder / "config.json").read_text())
-    count = facts.get("num_hidden_layers", facts.get("n_layers"))
-    if count is not None and layers[-1] >= count:
-        raise UserError(f"student.layers: found {layers[-1]}, the teacher's layers are 0 to {count - 1}")
 
 
 def check_resources(config: Config, stages: tuple[str, ...], resources: Resources) -> None:

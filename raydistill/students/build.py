@@ -13,7 +13,16 @@ import torch
 from raydistill.data.shards import DataShard
 from raydistill.data.tokens import load_tokenizer
 from raydistill.models import Shape, find_model, label_maps, label_order, load_classifier, shape_of, start_classifier
-from raydistill.students.layers import every_other, reorder_head, student_from_layers
+from raydistill.students.kept import (
+    IMPORTANCE_ROWS,
+    Batches,
+    drawn_rows,
+    is_narrower,
+    kept_parts,
+    narrower,
+    narrows_by_rows,
+)
+from raydistill.students.layers import chosen_layers, reorder_head, student_from_layers
 from raydistill.students.sizes import set_dropout, student_from_config
 from raydistill.students.tables import token_ids_of, with_tokens
 from raydistill.students.vocabulary import trimmed_tokenizer
@@ -26,7 +35,7 @@ def needs_rows(settings: Any) -> bool:
 
     They are then made once for a training (`stages/start.py`), and `build_student` is given the rows.
     """
-    return settings.trim_vocabulary
+    return settings.trim_vocabulary or narrows_by_rows(settings)
 
 
 def student_shape(settings: Any, teacher_folder: Path) -> Shape:
@@ -37,7 +46,8 @@ def student_shape(settings: Any, teacher_folder: Path) -> Shape:
         heads = settings.num_heads or max(1, settings.hidden_size // 64)
         return Shape(settings.model_type, settings.num_layers, heads, settings.hidden_size)
     teacher = shape_of(teacher_folder)
-    return replace(teacher, layers=len(settings.layers or every_other(teacher.layers)))
+    layers = chosen_layers(settings.layers, settings.num_layers, teacher.layers)
+    return replace(teacher, layers=len(layers), heads=settings.num_heads or teacher.heads)
 
 
 def build_student(
@@ -64,7 +74,8 @@ def build_student(
     if settings.init == "pretrained":
         student = _pretrained(settings, folder, labels)
     else:
-        student = _of_layers(settings, folder, labels)
+        draw = functools.partial(drawn_rows, rows, seed=seed, tokenizer=tokenizer, max_length=max_length)
+        student = _of_layers(settings, folder, labels, draw)
     if trim is not None:
         tokenizer, kept = trim(needed=token_ids_of(student.config, len(tokenizer)))
         student = with_tokens(student, kept, pad_id=tokenizer.pad_token_id)
@@ -80,9 +91,14 @@ def _pretrained(settings: Any, folder: Path, labels: list[str]) -> Any:
     return student
 
 
-def _of_layers(settings: Any, teacher_folder: Path, labels: list[str]) -> Any:
+def _of_layers(settings: Any, teacher_folder: Path, labels: list[str], draw: Callable[..., Batches]) -> Any:
     teacher = load_classifier("teacher.model", teacher_folder)
-    student = student_from_layers(teacher, list(settings.layers) if settings.layers else None, settings.dropout)
-    reorder_head(student, label_order("teacher.model", teacher_folder, labels))
+    order = label_order("teacher.model", teacher_folder, labels)
+    layers = chosen_layers(settings.layers, settings.num_layers, teacher.config.num_hidden_layers)
+    student = student_from_layers(teacher, layers, settings.dropout)
+    if is_narrower(settings):
+        batches = draw(settings.importance_rows or IMPORTANCE_ROWS, order=order) if narrows_by_rows(settings) else ()
+        student = narrower(student, layers, *kept_parts(settings, teacher, batches))
+    reorder_head(student, order)
     student.config.id2label, student.config.label2id = label_maps(labels)
     return student

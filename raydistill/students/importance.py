@@ -37,6 +37,9 @@ def taylor(
     sums = [[torch.zeros(outlet.parts, dtype=torch.float64) for _ in layers] for outlet in outlets]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "chunk_size_feed_forward"):
+            module.chunk_size_feed_forward = 0  # the gates take all tokens at once; what is computed stays the same
     try:
         for inputs, targets in batches:
             rows += len(targets)
@@ -64,6 +67,8 @@ def _gate_gradients(
     loss_sum: Loss,
 ) -> tuple[list[int], tuple[torch.Tensor, ...]]:
     """The gates' numbers (outlet times layers plus layer) and the gradient (N, P) of each row's loss to its gates."""
+    device = next(model.parameters()).device
+    inputs, targets = {name: value.to(device) for name, value in inputs.items()}, targets.to(device)
     gates: dict[int, torch.Tensor] = {}
     is_token_NL11 = inputs["attention_mask"].bool()[:, :, None, None]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from raydistill.errors import UserError
+from raydistill.losses.layer_maps import layer_map
 from raydistill.students.blocks import layer_stack
 from raydistill.students.sizes import set_dropout
 
@@ -17,15 +19,34 @@ def every_other(count: int) -> list[int]:
     return list(range(1, count, 2)) or [0]
 
 
+def chosen_layers(layers: str | Sequence[int] | None, number: int | None, count: int) -> list[int]:
+    """The layers, of a teacher's `count`, that a student takes: a list as it is, or `number` of them by a rule.
+
+    `first` and `last` are those in a row from an end. `uniform` begins with the first and ends with the last, with even
+    distances between (halves round up), and is the last alone for a student of one layer: the layer map `uniform`. None
+    is every other one. Raises UserError for a layer that the teacher does not have.
+    """
+    if layers is None:
+        return every_other(count)
+    if not isinstance(layers, str):
+        if layers[-1] >= count:
+            raise UserError(f"student.layers: found {layers[-1]}, the teacher's layers are 0 to {count - 1}")
+        return list(layers)
+    assert number is not None
+    if number > count:
+        raise UserError(f"student.num_layers: found {number}, the teacher has {count} layers. Give at most {count}")
+    if layers == "uniform":
+        return [layer for _, layer in layer_map("uniform", number, count)]
+    return list(range(number)) if layers == "first" else list(range(count - number, count))
+
+
 def student_from_layers(teacher: Any, layers: list[int] | None, dropout: float | None) -> Any:
     """A student of some of the teacher's layers, its embeddings and its head (DistilBERT, arXiv:1910.01108, section 2).
 
     Raises UserError when the architecture has no one stack of layers, or a layer is not there or does not fit.
     """
     count = teacher.config.num_hidden_layers
-    chosen = every_other(count) if layers is None else layers
-    if chosen[-1] >= count:
-        raise UserError(f"student.layers: found {chosen[-1]}, the teacher's layers are 0 to {count - 1}")
+    chosen = chosen_layers(layers, None, count)
     stack = layer_stack(teacher, count)
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers = len(chosen)

@@ -69,6 +69,8 @@ def narrowed(model: Any, *, units: Kept | None = None, heads: Kept | None = None
 
     Raises UserError when the architecture does not take the new sizes.
     """
+    if units is None and heads is None:
+        return model
     config, weights = copy.deepcopy(model.config), dict(model.state_dict())
     stack, layers = layer_stack(model, config.num_hidden_layers), layers_of(model)
     if units is not None:
