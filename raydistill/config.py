@@ -186,6 +186,35 @@ class Teacher(Section):
     tokens_per_batch: int | None = Speed(None, ge=1, le=1 << 31, description="absent: 512 on CPU, 16384 on GPU")
 
 
+class Lora(Section):
+    """Adapters in the place of training every weight (LoRA, arXiv:2106.09685); the head trains as a whole."""
+
+    rank: int = Field(default=8, ge=1, le=4096, description="of what an adapter adds to a weight")
+    alpha: float = Field(default=16.0, gt=0, le=65_536, description="what is added is scaled by alpha / rank")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="of an adapter's input, in training")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="linear layers of the encoder: all, or the ends of their names, such as query"
+    )
+    also_train: tuple[Literal["norms", "embeddings"], ...] = Field(
+        default=(), description="of the encoder, as a whole beside the adapters"
+    )
+    merge: bool = Field(
+        default=True, description="save an ordinary model; false: save an adapter, and its base beside it"
+    )
+    quantised: Literal["nf4"] | None = Field(
+        default=None, description="nf4: frozen weights in 4 bits (QLoRA, arXiv:2305.14314); needs a GPU"
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _targets_are_named(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "all-linear":
+            raise ValueError(f"targets is all-linear or a list of names; write [{value}]")
+        if isinstance(value, list | tuple) and not all(isinstance(v, str) and v for v in value or [""]):
+            raise ValueError("a list of targets holds names of layers, at least one; or write all-linear")
+        return value
+
+
 class Student(Section):
     """The small model and where its first weights come from."""
 
@@ -230,6 +259,7 @@ class Student(Section):
     vocabulary_min_count: int = Added(
         1, ge=1, le=1 << 40, description="trim_vocabulary: how often train must use a token to keep it"
     )
+    lora: Lora | None = Added(None, description="adapters are trained; absent: every weight is")
 
     @model_validator(mode="after")
     def _settings_fit_vocabulary(self) -> Student:
@@ -444,6 +474,14 @@ class Config(Section):
             raise ValueError(
                 f"data.{name} asks for rows without labels, of which train.loss.alpha: 0 learns nothing; raise alpha,"
                 " or remove the setting"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_weights_stay_whole(self) -> Config:
+        if self.student.lora and self.student.lora.quantised and self.train.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "student.lora.quantised: found nf4 with train.deepspeed.zero_stage 3, which cuts weights up; use 2"
             )
         return self
 

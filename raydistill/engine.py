@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from raydistill.adapters import belongs_to
 from raydistill.config import Training
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,16 +46,28 @@ def _deepspeed_clips(settings: Training, precision: str) -> bool:
 
 
 class Engine:
-    """A model under DeepSpeed."""
+    """A model under DeepSpeed.
 
-    def __init__(self, model: torch.nn.Module, settings: Training, *, precision: str, device: torch.device) -> None:
+    `frozen` names parameters that never train and that no checkpoint holds, because they come with the model.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        settings: Training,
+        *,
+        precision: str,
+        device: torch.device,
+        frozen: Collection[str] = (),
+    ) -> None:
         deepspeed = _import_deepspeed()
         self._settings, self._stage = settings, settings.deepspeed.zero_stage
         self._clips = not _deepspeed_clips(settings, precision)
         self._world = dist.get_world_size()
         self.module = model.to(device)
         self.device = device
-        self.names = dict(model.named_parameters())
+        self.names = {name: p for name, p in model.named_parameters() if name not in frozen}
+        self._frozen = frozenset(frozen)
         optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=0.0, fused=True)
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=deepspeed_config(settings, precision)
@@ -104,14 +118,14 @@ class Engine:
         self._engine.train()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Full float32 weights by name, on the CPU. Collective: every rank calls it and gets them."""
+        """Full float32 weights by name, without the frozen ones, on the CPU. Collective: every rank gets them."""
         tied = {id(p): name for name, p in self.names.items()}
         full = {
             name: self._full(parameter).detach().to("cpu", torch.float32).clone()
             for name, parameter in self.names.items()
         }
         for name, value in self.module.state_dict(keep_vars=True).items():
-            if name not in full:
+            if name not in full and not belongs_to(name, self._frozen):
                 full[name] = full[tied[id(value)]] if id(value) in tied else value.detach().cpu().clone()
         return full
 
@@ -181,10 +195,11 @@ class Engine:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with weight decay; biases and norms, which have one dimension, without."""
+    """Matrices with weight decay; biases and norms, which have one dimension, without. What is frozen is in neither."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]  # ZeRO cannot flatten an empty one
 
 
 def _shape(parameter: torch.nn.Parameter) -> torch.Size:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raydistill.adapters import ADAPTER_CONFIG, BASE, is_adapter, with_saved_adapter
 from raydistill.errors import UserError, first_line
 from raydistill.record.fingerprint import digest
 from raydistill.record.store import open_store, sha256_file
@@ -77,7 +79,7 @@ def _from_hub(setting: str, model: str, revision: str | None) -> Path:
 
 
 def _check_folder(setting: str, folder: Path) -> None:
-    config = folder / "config.json"
+    config = base_folder(folder) / "config.json"
     if not config.is_file():
         raise UserError(f"{setting}: {folder}: has no config.json. Give the folder that save_pretrained wrote")
     try:
@@ -86,11 +88,30 @@ def _check_folder(setting: str, folder: Path) -> None:
         raise UserError(f"{setting}: {config}: is not JSON. Save the model again") from None
     if "auto_map" in facts:
         raise UserError(f"{setting}: {folder}: brings code of its own (auto_map in config.json), which is never run")
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = weight_files(folder)
     if not weights:
         raise UserError(f"{setting}: {folder}: has no safetensors weights. Save it with save_pretrained again")
     for path in weights:
         _check_weights(setting, path)
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder with a model's configuration: an adapter's base is in one of its own."""
+    return folder / BASE if is_adapter(folder) else folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights, its base's too where it is an adapter."""
+    return sorted({*folder.glob("*.safetensors"), *base_folder(folder).glob("*.safetensors")})
+
+
+def refuse_adapter(setting: str, folder: Path) -> None:
+    """Raises UserError for a folder that holds an adapter where whole weights are needed."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(
+            f"{setting}: {folder}: holds an adapter, not a whole model. Merge it first: train it with"
+            " student.lora.merge=true, or with peft's merge_and_unload()"
+        )
 
 
 def _check_weights(setting: str, path: Path) -> None:
@@ -134,10 +155,13 @@ def _digest_of(path: Path, size: int, time_ns: int) -> str:
 
 
 def load_classifier(setting: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """The classifier in a folder, in eval mode. Raises UserError when it does not load."""
+    """The classifier in a folder, in eval mode; an adapter on its base. Raises UserError when it does not load."""
     from transformers import AutoModelForSequenceClassification
 
-    return _load(setting, folder, AutoModelForSequenceClassification, dtype=dtype).eval()
+    model = _load(setting, base_folder(folder), AutoModelForSequenceClassification, dtype=dtype)
+    if is_adapter(folder):
+        model = _loaded(setting, folder, lambda: with_saved_adapter(model, folder))
+    return model.eval()
 
 
 def start_classifier(setting: str, folder: Path, labels: list[str]) -> Any:
@@ -153,10 +177,18 @@ def start_classifier(setting: str, folder: Path, labels: list[str]) -> Any:
 
 def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:
     quiet_transformers()
-    try:
-        return kind.from_pretrained(
+    return _loaded(
+        setting,
+        folder,
+        lambda: kind.from_pretrained(
             str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
-        )
+        ),
+    )
+
+
+def _loaded(setting: str, folder: Path, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
     except Exception as error:  # transformers raises many kinds for a broken folder
         raise UserError(f"{setting}: {folder}: does not load as a classifier ({first_line(error)})") from None
 
@@ -178,7 +210,7 @@ def label_order(setting: str, folder: Path, labels: list[str]) -> list[int]:
 
     Raises UserError, with a name that differs, when the two sets of names are not the same.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((base_folder(folder) / "config.json").read_text())
     names = {int(number): str(name) for number, name in config.get("id2label", {}).items()}
     if sorted(names.values()) != sorted(labels):
         ours, theirs = sorted(set(labels) - set(names.values())), sorted(set(names.values()) - set(labels))
@@ -237,15 +269,24 @@ def save_classifier(
 ) -> None:
     """Writes a model in Hugging Face form: config, safetensors, and a tokenizer that can cut at max_length."""
     quiet_transformers()
+    model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
+    save_tokenizer(tokenizer, folder, max_length=max_length)
+    share_weights(folder, like=folder / "config.json")
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, *, max_length: int) -> None:
+    """Writes a tokenizer that can cut at max_length."""
     tokenizer.model_max_length = max_length
     if tokenizer.is_fast:  # what this process did with it before must not show in the file
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
-    model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
     tokenizer.save_pretrained(str(folder))
-    mode = (folder / "config.json").stat().st_mode
-    for path in folder.glob("*.safetensors"):  # which safetensors makes for the owner alone
-        path.chmod(mode)
+
+
+def share_weights(folder: Path, *, like: Path) -> None:
+    """Lets those who may read another file read the weights, which safetensors makes for the owner alone."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(like.stat().st_mode)
 
 
 def count_parameters(model: Any) -> int:

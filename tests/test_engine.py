@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from raydistill.config import Training
+from raydistill import adapters
+from raydistill.config import Lora, Training
 from raydistill.engine import Engine, _import_deepspeed, deepspeed_config, parameter_groups
 
 STAGES = (0, 1, 2, 3)
@@ -205,7 +206,32 @@ def test_weight_decay_is_for_matrices_and_each_trained_parameter_is_in_one_group
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_adapters_leave_frozen_is_untouched_and_in_no_checkpoint(traces: dict[str, Trace], world: int, stage: int):
+    found = traces[f"world{world}-stage{stage}-adapters"]
+    start = adapted()
+    assert set(found["frozen"]) == set(adapters.frozen_parameters(start))
+    assert all(
+        torch.equal(found["frozen"][name], value) for name, value in start.named_parameters() if name in found["frozen"]
+    )
+    trained = {name for name, parameter in start.named_parameters() if parameter.requires_grad}
+    assert set(found["weights"]) == trained
+    assert set(found["moments"]) == {f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in trained}
+    assert all(
+        not torch.equal(found["weights"][name], start.get_parameter(name)) for name in trained if "lora_B" in name
+    )
+    plain = traces["world1-stage0-adapters"]
+    for kind in ("weights", "moments"):
+        for name, value in plain[kind].items():
+            torch.testing.assert_close(found[kind][name], value, rtol=1e-4, atol=1e-5)
+
+
 # What each rank runs.
+
+
+def adapted() -> Any:
+    return adapters.add_adapters(build(), Lora(rank=2), seed=0).get_base_model()
 
 
 class Tied(torch.nn.Module):
@@ -301,6 +327,7 @@ class Rank:
                 self.case(f"stage{stage}-accumulation{accumulation}", settings(stage, accumulation))
             stopped = self.wait_for(f"world{self.world}-stage{stage}-accumulation1-stopped")
             self.case(f"stage{stage}-resumed", settings(stage), start=stopped)
+            self.adapters(stage)
 
     def one_rank(self) -> None:
         for stage in STAGES:
@@ -323,6 +350,20 @@ class Rank:
             engine.backward(engine.logits({"input_ids": torch.tensor([[0, 1], [2, 4]])})[:, 0].sum(), 2)
             engine.step(0.01)
         self.save(f"world1-stage{stage}-tied", self.state(engine))
+        engine.close()
+
+    def adapters(self, stage: int) -> None:
+        import deepspeed
+
+        model = adapted().train()
+        frozen = adapters.frozen_parameters(model)
+        engine = Engine(model, settings(stage), precision="fp32", device=torch.device("cpu"), frozen=frozen)
+        for step in range(STOP):
+            self.step(engine, 1, step)
+        held = [parameter for name, parameter in model.named_parameters() if name in frozen]
+        with deepspeed.zero.GatheredParameters(held, enabled=stage == 3):
+            kept = {name: p.detach().clone() for name, p in model.named_parameters() if name in frozen}
+        self.save(f"world{self.world}-stage{stage}-adapters", {"frozen": kept, **self.state(engine)})
         engine.close()
 
     def evaluation(self) -> None:

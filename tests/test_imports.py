@@ -17,7 +17,7 @@ LAYERS = (
     ("losses", "targets"),
     ("cache",),
     ("data",),
-    ("models", "students", "feature_tap", "taught"),
+    ("models", "students", "adapters", "feature_tap", "taught"),
     ("engine",),
     ("report",),
     ("stages",),
@@ -30,6 +30,7 @@ ONLY = {
     "deepspeed": {"engine"},
     "transformers": {"models", "students", "data", "demo"},
     "ray": {"stages", "jobs"},
+    "peft": {"adapters"},
 }
 MATHS = {"losses", "targets"}
 

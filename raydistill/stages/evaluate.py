@@ -18,7 +18,7 @@ from raydistill.cache.shards import read_logits
 from raydistill.config import Config, identity
 from raydistill.data.shards import read_shard, read_split
 from raydistill.losses.calibration import fit_temperature
-from raydistill.models import ModelSource, model_identity
+from raydistill.models import ModelSource, model_identity, weight_files
 from raydistill.record.commit import Entry, Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
@@ -200,7 +200,7 @@ def _labels(run: Run, data: Manifest, split: str) -> np.ndarray:
 
 
 def _size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def _fingerprints(run: Run, plan: Plan) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from raydistill.adapters import frozen_parameters, load_trained
 from raydistill.config import Config, Training
 from raydistill.data.loader import Batch, Split
 from raydistill.data.order import steps_per_epoch
@@ -34,10 +35,11 @@ from raydistill.models import (
 )
 from raydistill.record.commit import commit_folder, read_manifest
 from raydistill.record.store import naming, open_store
+from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import Curves
 from raydistill.stages.meter import Meter
-from raydistill.stages.start import made_once, start_folders, train_rows
+from raydistill.stages.start import made_before, made_once, start_folders, train_rows
 from raydistill.stages.validation import validation_metrics
 from raydistill.students.build import build_student
 from raydistill.taught import FeatureTeacher, TaughtStudent, student_weights
@@ -112,18 +114,22 @@ class _Worker:
         self.model, self.tokenizer = build_model(job)
         if self.device.type == "cpu" and job.config.data.max_length <= EAGER_LENGTH:
             self.model.set_attn_implementation("eager")
+        self.lora = job.config.student.lora if job.role != "teacher" else None
+        if self.lora:
+            self.model = with_adapters(self.model, self.lora, job.settings.seed, self.device)
         self.teacher = None
         if job.objective.features:
             self.model, self.teacher = with_features(job, self.model, self.tokenizer, self.device)
         if job.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
+        self.frozen = frozen_parameters(self.model) if self.lora else frozenset()
         self.train_split, self.validation_split = (self._split(s) for s in (job.splits, ("validation",)))
         checkpoint = self._agree_on_checkpoint()
         self.state = checkpoint.state if checkpoint else State()
         if checkpoint:
-            self.model.load_state_dict(checkpoint.weights())
+            load_trained(self.model, checkpoint.weights(), self.frozen)
         self.model.train()
-        self.engine = Engine(self.model, job.settings, precision=job.precision, device=self.device)
+        self.engine = Engine(self.model, job.settings, precision=job.precision, device=self.device, frozen=self.frozen)
         if checkpoint:
             self.engine.restore_optimizer(checkpoint.optimizer_state(), self.state.step)
             self.post({"going_on_from": self.state.step})
@@ -300,7 +306,14 @@ class _Worker:
             model, weights = self.model, chosen.weights()
             if isinstance(model, TaughtStudent):
                 model, weights = model.student, student_weights(weights)
-            save_classifier(model, self.tokenizer, weights, staged, max_length=length)
+            if self.lora:
+                base, place = build_model(self.job, alone=True)[0], self.store.where(self.job.product)
+                model = save_adapted(
+                    base, self.tokenizer, weights, staged, self.lora, self.job.settings.seed, self.device,
+                    max_length=length, place=place,
+                )  # fmt: skip
+            else:
+                save_classifier(model, self.tokenizer, weights, staged, max_length=length)
         facts = {
             "metric": self.job.metric,
             "value": value,
@@ -336,8 +349,11 @@ def with_features(
     return taught, FeatureTeacher(teacher, terms, device=device, token_ids=token_ids)
 
 
-def build_model(job: TrainingJob) -> tuple[Any, Any]:
-    """The model with its first weights, and its tokenizer; the same on every rank."""
+def build_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
+    """The model with its first weights, and its tokenizer; the same on every rank.
+
+    Collective, but for a rank that builds it `alone` once more, after all have built it.
+    """
     labels, length = list(job.labels), job.config.data.max_length
     folder = job.source.folder()
     if job.role == "teacher":
@@ -350,6 +366,8 @@ def build_model(job: TrainingJob) -> tuple[Any, Any]:
     if job.start is None:
         return build()
     store, data = open_store(job.run_url), open_store(job.data_url)
+    if alone:
+        return made_before(store, start_folders(job.folder), job.start)
     manifest = read_manifest(data, "data")
     assert manifest is not None
     make = functools.partial(build, rows=train_rows(data, manifest))

@@ -10,8 +10,9 @@ from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import ModelSource, check_length, find_model, label_order
+from raydistill.models import ModelSource, check_length, find_model, label_order, refuse_adapter
 from raydistill.record.run import Run
+from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
 from raydistill.stages.features import feature_terms
@@ -28,6 +29,7 @@ CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (
 def check_models(config: Config, run: Run, labels: list[str]) -> None:
     """Teacher and student against the data. Raises UserError for the first thing that does not fit."""
     folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+    refuse_adapter("teacher.model", folder)
     tokenizer = load_tokenizer(folder, "teacher.model")
     check_length("the teacher", folder, config.data.max_length)
     if config.teacher.fine_tune is None:
@@ -43,6 +45,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.init == "pretrained":
         assert config.student.model is not None
         student = find_model("student.model", config.student.model, config.student.revision)
+        refuse_adapter("student.model", student)
         tokenizer = load_tokenizer(student, "student.model")
         check_length("the student", student, config.data.max_length)
     elif config.student.init == "config":
@@ -52,6 +55,8 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.trim_vocabulary:
         check_trimmable(tokenizer)
     feature_terms(config, folder)
+    if config.student.lora:
+        check_adapters(config, folder, labels)
 
 
 def check_resources(config: Config, stages: tuple[str, ...], resources: Resources) -> None:
@@ -64,6 +69,8 @@ def check_resources(config: Config, stages: tuple[str, ...], resources: Resource
         settings, section = settings_of(config, role)
         share_for_training(resources, settings, section)
         check_precision(resources, settings.precision, section)
+    if "student" in roles or ("evaluate" in stages and config.evaluate.control):
+        check_quantising_device(config.student, resources)
 
 
 def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Resources) -> None:

@@ -60,7 +60,19 @@ def made_once(
     dist.destroy_process_group(group)
     if isinstance(answer[0], UserError):
         raise answer[0]
-    local = store.local(answer[0])
+    return _loaded(store, answer[0])
+
+
+def made_before(store: Store, folders: Sequence[str], fingerprint: str) -> tuple[Any, Any]:
+    """What `made_once` gave when this training began, for one rank alone."""
+    folder = _standing(store, folders, fingerprint)
+    if folder is None:
+        raise UserError(f"{SETTING}: {store.where(folders[0])}: is damaged. Run the same command again")
+    return _loaded(store, folder)
+
+
+def _loaded(store: Store, folder: str) -> tuple[Any, Any]:
+    local = store.local(folder)
     return load_classifier(SETTING, local), load_tokenizer(local, SETTING)
 
 

@@ -43,7 +43,7 @@ from raydistill.stages.progress import Progress
 # What a run imports on its way, so that no child has to.
 LATE_IMPORTS = (
     "deepspeed.module_inject.auto_ep_layer", "encodings.utf_8_sig", "fsspec.implementations.local", "pandas",
-    "torch._dynamo", "torch.utils.tensorboard", "transformers.models.auto.modeling_auto",
+    "peft", "torch._dynamo", "torch.utils.tensorboard", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
     "transformers.models.encoder_decoder.configuration_encoder_decoder",

@@ -1,0 +1,92 @@
+"""A student that trains with adapters (`student.lora`): made before its training, and saved after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raydistill.adapters import (
+    ADAPTER_CONFIG,
+    BASE,
+    add_adapters,
+    check_peft,
+    frozen_parameters,
+    load_trained,
+    merged,
+    save_adapter,
+    target_layers,
+    without_spares,
+)
+from raydistill.config import Config, Lora, Student
+from raydistill.errors import UserError
+from raydistill.models import quiet_transformers, save_classifier, save_tokenizer, share_weights
+from raydistill.stages.cluster import Resources
+from raydistill.students.quantised import check_quantising, dequantised, quantised
+from raydistill.students.skeleton import student_skeleton
+
+
+def check_adapters(config: Config, teacher_folder: Path, labels: list[str]) -> None:
+    """Raises UserError for packages that `student.lora` needs and that are not there, and for a target that is not."""
+    lora = config.student.lora
+    assert lora is not None
+    check_peft()
+    if lora.quantised:
+        check_quantising()
+    skeleton = student_skeleton(
+        config.student, teacher_folder=teacher_folder, labels=labels, max_length=config.data.max_length
+    )
+    target_layers(skeleton, lora.targets)
+
+
+def check_quantising_device(student: Student, resources: Resources) -> None:
+    """Raises UserError where quantised weights are asked for and the cluster has no GPU."""
+    if student.lora and student.lora.quantised and not resources.gpus:
+        raise UserError(
+            f"student.lora.quantised: found {student.lora.quantised}, which needs a GPU and the cluster has none."
+            " Remove the setting"
+        )
+
+
+def with_adapters(student: Any, settings: Lora, seed: int, device: torch.device) -> Any:
+    """The student with adapters in it, and its frozen weights quantised where that is asked for."""
+    base = quantised(student, device) if settings.quantised else student
+    return add_adapters(base, settings, seed=seed).get_base_model()
+
+
+def save_adapted(
+    student: Any,
+    tokenizer: Any,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    settings: Lora,
+    seed: int,
+    device: torch.device,
+    *,
+    max_length: int,
+    place: str,
+) -> Any:
+    """Writes a student, given anew with its first weights, with what was trained; the model as it was saved.
+
+    Merged it is an ordinary Hugging Face model. Else the folder holds an adapter and its base in a folder of its own,
+    which the adapter names as it will be at `place`, where the folder will stand.
+    """
+    quiet_transformers()
+    base = quantised(student, device) if settings.quantised else student
+    if settings.merge:
+        base = dequantised(base) if settings.quantised else base
+    else:
+        base.save_pretrained(str(folder / BASE))
+    adapted = add_adapters(base, settings, seed=seed)
+    model = adapted.get_base_model()
+    load_trained(model, weights, frozen_parameters(model))
+    if settings.merge:
+        model = merged(adapted)
+        save_classifier(model, tokenizer, model.state_dict(), folder, max_length=max_length)
+        return model
+    save_adapter(adapted, folder, base=f"{place}/{BASE}")
+    save_tokenizer(tokenizer, folder, max_length=max_length)
+    for holder in (folder, folder / BASE):
+        share_weights(holder, like=folder / ADAPTER_CONFIG)
+    return without_spares(model)
