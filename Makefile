@@ -25,8 +25,8 @@ install: $(STAMP) ## make the virtual environment and install the project with i
 demo: $(STAMP) ## distil a small teacher on generated support tickets, CPU only, into runs/demo
 	$(BIN)/raydistill demo
 
-test: lint types ## lint, type check and every test that is not slow
-	$(BIN)/pytest
+test: lint types ## lint, type check and every test that is not slow, in two processes
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) ## ruff: rules and formatting
 	$(BIN)/ruff check .

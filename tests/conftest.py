@@ -27,6 +27,11 @@ hypothesis.settings.register_profile("raydistill", deadline=None, max_examples=5
 hypothesis.settings.load_profile("raydistill")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The whole runs on Ray begin: `make test` has two processes, and one of them is busy with these to the end."""
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
+
 @pytest.fixture(scope="session")
 def ticket_csvs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """train.csv (240 rows) and test.csv (80 rows) with the columns text and category."""
