@@ -216,8 +216,10 @@ def test_a_run_that_is_killed_and_then_stopped_by_a_signal_ends_with_the_same_by
 
 
 def test_ctrl_c_ends_a_stage_with_its_state_saved(settings: dict, clean: Path) -> None:
-    path, folder = write(settings, name="interrupted", teacher={"cache_from": str(clean)}), clean.parent / "interrupted"
-    stop_in_training(["train", path], folder, signal.SIGINT)
+    long = {"epochs": 1000}  # it must not end before the signal comes
+    path = write(settings, name="interrupted", teacher={"cache_from": str(clean)}, train=long)
+    folder = clean.parent / "interrupted"
+    assert "state saved at step" in stop_in_training(["train", path], folder, signal.SIGINT)
     assert "files are intact" in run("verify", folder).stdout
 
 
