@@ -177,6 +177,9 @@ class Teacher(Section):
     codec: Literal["dense-float16", "dense-int8"] = Field(
         default="dense-float16", description="2 or 1 byte per class and row"
     )
+    features_codec: Literal["float16", "bfloat16"] = Added(
+        "float16", description="of cached features, 2 bytes a number; bfloat16 for a teacher beyond float16's 65504"
+    )
     cache_from: str | None = Field(default=None, description="another run's folder, whose data and cache are used")
     calibrate: bool = Field(
         default=False, description="divide its logits by one temperature, fitted on validation, before anyone learns"
@@ -401,8 +404,10 @@ class Loss(Section):
     hard_targets: Literal["labels", "teacher"] = Field(
         default="labels", description="of the cross-entropy: the data's labels, or the teacher's most likely classes"
     )
-    features: tuple[Features, ...] = Field(
-        default=(), description="losses on the teacher's features, which the teacher computes beside the training"
+    features: tuple[Features, ...] = Field(default=(), description="losses on what the teacher computes on the way")
+    features_from: Literal["teacher", "cache"] = Added(
+        "teacher",
+        description="features: from the teacher, which runs beside the training, or from teach, which keeps them",
     )
 
     @model_validator(mode="after")
@@ -416,6 +421,8 @@ class Loss(Section):
             raise ValueError(f"temperature_end means nothing with kind: {self.kind}; remove it")
         if self.course is not None and self.temperature_end is None and self.alpha_end is None:
             raise ValueError("course means nothing without temperature_end or alpha_end; remove it")
+        if self.features_from == "cache" and not self.features:
+            raise ValueError("features_from: cache means nothing without features; remove it")
         return self
 
 
@@ -457,6 +464,13 @@ class Config(Section):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     cluster: Annotated[Cluster, Field(json_schema_extra={"speed": True})] = Cluster()
+
+    @model_validator(mode="after")
+    def _codec_has_features(self) -> Config:
+        codec = type(self.teacher).model_fields["features_codec"].default
+        if self.teacher.features_codec != codec and self.train.loss.features_from != "cache":
+            raise ValueError("teacher.features_codec means nothing without train.loss.features_from=cache; remove it")
+        return self
 
     @field_validator("name")
     @classmethod

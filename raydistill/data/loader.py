@@ -1,4 +1,4 @@
-"""A worker's batches: tokens, labels and the teacher's logits of its rows, joined by row id, read ahead.
+"""A worker's batches: tokens, labels and the teacher's logits (and features) of its rows, joined by row id, read ahead.
 
 Shapes: N rows, K classes.
 """
@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raydistill.cache.feature_shards import FeatureShard, read_features
 from raydistill.cache.shards import LogitShard, read_logits
+from raydistill.data.feature_targets import FOLDER, CachedFeatures
 from raydistill.data.order import epoch_batches
 from raydistill.data.shards import read_shard
 from raydistill.data.tokens import Tokens, pack_by_length, pad, tokenise
@@ -44,14 +46,16 @@ class Shard:
     tokens: Tokens
     labels_N: npt.NDArray[np.int64]
     logits_NK: npt.NDArray[np.float32] | None
+    features: FeatureShard | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.tokens.nbytes + self.labels_N.nbytes + (0 if self.logits_NK is None else self.logits_NK.nbytes)
+        targets = (part.nbytes for part in (self.logits_NK, self.features) if part is not None)
+        return self.tokens.nbytes + self.labels_N.nbytes + sum(targets)
 
 
 class Split:
-    """One split of the data, or several as one, with its share of the teacher's cache.
+    """One split of the data, or several as one, with its share of the teacher's cache, and of its cached features.
 
     Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES. The
     teacher's logits are divided by its temperature when they are read: a calibrated teacher's cache is kept raw.
@@ -67,12 +71,16 @@ class Split:
         tokenizer: Any,
         max_length: int,
         teacher_temperature: float = 1.0,
+        features: CachedFeatures | None = None,
     ) -> None:
         self._store, self._cache, self._tokenizer, self._max_length = store, cache, tokenizer, max_length
         self._teacher_temperature = teacher_temperature
         splits = (split,) if isinstance(split, str) else split
         self.entries = data.shards(*splits)
         self._logits = pair_entries(self.entries, cache.shards(*splits)) if cache else [None] * len(self.entries)
+        self._features = features
+        kept = features.manifest.shards(*splits) if features else []
+        self._feature_entries = pair_entries(self.entries, kept, FOLDER) if features else []
         self.shard_rows = [entry.rows for entry in self.entries]
         self.rows = sum(self.shard_rows)
         self._held: OrderedDict[int, Future[Shard]] = OrderedDict()
@@ -113,7 +121,13 @@ class Split:
             assert self._cache is not None
             logits = self._join(rows.row_ids_N, read_logits(self._store, "teacher/cache", entry, self._cache), entry)
         tokens = tokenise(self._tokenizer, rows.texts, self._max_length)
-        return Shard(tokens, rows.labels_N.astype(np.int64), logits)
+        features = None
+        if self._features is not None:
+            features = read_features(
+                self._store, FOLDER, self._feature_entries[number], self._features.manifest,
+                row_ids_N=rows.row_ids_N, tokens_N=tokens.lengths_N, names=self._features.names,
+            )  # fmt: skip
+        return Shard(tokens, rows.labels_N.astype(np.int64), logits, features)
 
     def _join(self, row_ids_N: npt.NDArray[np.int64], cached: LogitShard, entry: Entry) -> npt.NDArray[np.float32]:
         if not np.array_equal(row_ids_N, cached.row_ids_N):
@@ -129,8 +143,16 @@ class Split:
         teacher = None
         if self._cache is not None:
             logits = np.stack([shards[int(s)].logits_NK[r] for s, r in places])  # type: ignore[index]
-            teacher = TeacherTargets(torch.from_numpy(logits))
+            teacher = TeacherTargets(torch.from_numpy(logits), self._features_of(shards, places))
         return Batch(pad(tokens, self._tokenizer.pad_token_id), labels, teacher, len(places) if rows is None else rows)
+
+    def _features_of(
+        self, shards: dict[int, Shard], places: npt.NDArray[np.int64]
+    ) -> tuple[tuple[torch.Tensor, ...], ...]:
+        if self._features is None:
+            return ()
+        rows = [(shard, int(r)) for s, r in places if (shard := shards[int(s)].features) is not None]
+        return self._features.batch(rows, max(int(shard.tokens_N[row]) for shard, row in rows))
 
     def training_steps(
         self, *, seed: int, epoch: int, batch_size: int, first_step: int, rank: int, world: int, accumulation: int
@@ -159,7 +181,7 @@ class Split:
         self._reader.shutdown(wait=False, cancel_futures=True)
 
 
-def pair_entries(data: list[Entry], cache: list[Entry]) -> list[Entry]:
+def pair_entries(data: list[Entry], cache: list[Entry], folder: str = "teacher/cache") -> list[Entry]:
     """The cache's shard of every data shard. Raises UserError when one is missing or has another number of rows."""
     by_name = {entry.file: entry for entry in cache}
     for entry in data:
@@ -167,6 +189,6 @@ def pair_entries(data: list[Entry], cache: list[Entry]) -> list[Entry]:
         if other is None or other.rows != entry.rows:
             found = "none" if other is None else f"one of {other.rows} rows"
             raise UserError(
-                f"teacher/cache/{entry.file}: expected a shard of {entry.rows} rows, found {found}. Use --redo teach"
+                f"{folder}/{entry.file}: expected a shard of {entry.rows} rows, found {found}. Use --redo teach"
             )
     return [by_name[entry.file] for entry in data]

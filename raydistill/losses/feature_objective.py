@@ -62,7 +62,8 @@ FEATURE_LOSSES: Mapping[str, FeatureLoss] = {
 class FeatureTerm:
     """One term: `weight` times the mean over the pairs of layers (student, teacher) of the loss of this kind.
 
-    name is what the curves call it. The pairs of embeddings are one pair whose layers mean nothing.
+    name is what the curves call it. The pairs of embeddings are one pair whose layers mean nothing. averaged: student
+    and teacher have different numbers of attention heads, so that the loss compares the means over them.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class FeatureTerm:
     pairs: LayerPairs
     relation_heads: int | None = None
     name: str = ""
+    averaged: bool = False
 
     @property
     def definition(self) -> FeatureLoss:

@@ -57,7 +57,10 @@ def sidecar_name(name: str) -> str:
 def commit_shard(store: Store, staged: Path, name: str, *, rows: int, fingerprint: str) -> Entry:
     """Verifies a staged Parquet file, publishes it and commits it by its sidecar; the entry for the manifest."""
     with pq.ParquetFile(staged, page_checksum_verification=True) as file:
-        assert sum(batch.num_rows for batch in file.iter_batches()) == rows, f"{staged} has not {rows} rows"
+        # Row group by row group: a batch over several of them could be of any size.
+        groups = range(file.num_row_groups)
+        found = sum(batch.num_rows for group in groups for batch in file.iter_batches(row_groups=[group]))
+        assert found == rows, f"{staged} has not {rows} rows"
     entry = Entry(Path(name).name, sha256_file(staged), staged.stat().st_size, rows)
     store.publish(staged, name)
     store.write(sidecar_name(name), seal({**asdict(entry), "fingerprint": fingerprint, "schema": SCHEMA}))
@@ -159,9 +162,33 @@ def open_verified(store: Store, folder: str, entry: Entry) -> pa.NativeFile:
         source = store.input(name)
         actual = hashlib.sha256(source.read_buffer()).hexdigest()
     if source is None or actual != entry.sha256:
-        raise UserError(
-            f"{store.where(name)}: has sha256 {actual[:32]}, expected {entry.sha256[:32]}."
-            " Run raydistill verify with --repair, then the same command again"
-        )
+        raise _differs(store.where(name), actual, entry)
     source.seek(0)
     return source
+
+
+def map_verified(store: Store, folder: str, entry: Entry) -> pa.Buffer:
+    """A listed file mapped into memory after its sha256 was checked; a remote one from a copy on the local disk.
+
+    The copy has no name any more and goes with the buffer. Raises UserError when the file differs.
+    """
+    name = f"{folder}/{entry.file}"
+    if not store.exists(name) or not store.size(name):
+        raise _differs(store.where(name), "none: the file is missing or empty", entry)
+    path = store.local(name)
+    buffer = pa.memory_map(str(path)).read_buffer()
+    if str(path) != store.where(name):
+        path.unlink()
+        path.parent.rmdir()
+    actual = hashlib.sha256(buffer).hexdigest()
+    if actual != entry.sha256:
+        raise _differs(store.where(name), actual, entry)
+    return buffer
+
+
+def _differs(where: str, actual: str, entry: Entry) -> UserError:
+    found = actual[:32] if len(actual) == 64 else actual
+    return UserError(
+        f"{where}: has sha256 {found}, expected {entry.sha256[:32]}."
+        " Run raydistill verify with --repair, then the same command again"
+    )

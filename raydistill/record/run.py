@@ -25,12 +25,13 @@ PARTS = {
     "data": Part("prepare", "data", "data"),
     "teacher": Part("teach", "teacher/train", "teacher/model"),
     "cache": Part("teach", "teacher/cache", "teacher/cache"),
+    "features": Part("teach", "teacher/features", "teacher/features"),
     "calibration": Part("teach", "teacher/calibration", "teacher/calibration"),
     "student": Part("train", "train", "student"),
     "control": Part("evaluate", "control/train", "control/model"),
     "report": Part("evaluate", "report", "report"),
 }
-LENT = ("data", "teacher", "cache")
+LENT = ("data", "teacher", "cache", "features")
 # What was damaged is set aside as NAME.bad-1, what was made for another plan as FOLDER.1. Other names end in numbers
 # too: TensorBoard's do.
 ASIDE = re.compile(

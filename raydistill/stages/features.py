@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from raydistill.config import Config, Features
@@ -32,7 +33,7 @@ def feature_terms(config: Config, teacher_folder: Path) -> tuple[FeatureTerm, ..
             raise UserError(f"train.loss.features[{number}]: {asked.kind}: {error}") from None
         twins = sum(other.kind == term.kind for other in terms)
         name = f"{term.kind}_{twins + 1}" if twins else term.kind
-        terms.append(FeatureTerm(term.kind, term.weight, term.pairs, term.relation_heads, name))
+        terms.append(replace(term, name=name))
     return tuple(terms)
 
 
@@ -42,7 +43,8 @@ def _term(asked: Features, teacher: Shape, student: Shape) -> FeatureTerm:
     if definition.what != "embeddings":
         pairs = layer_map(asked.layers or definition.layers, student.layers, teacher.layers)  # type: ignore[arg-type]
     heads = asked.relation_heads or teacher.heads if definition.relation else None
-    return FeatureTerm(asked.kind, asked.weight, pairs, heads)
+    averaged = definition.what == "attention" and student.heads != teacher.heads
+    return FeatureTerm(asked.kind, asked.weight, pairs, heads, averaged=averaged)
 
 
 def _check(term: FeatureTerm, teacher: Shape, student: Shape, *, dropout: float | None) -> None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from raydistill.adapters import frozen_parameters, load_trained
 from raydistill.config import Config, Training
+from raydistill.data.feature_targets import cached_features
 from raydistill.data.loader import Batch, Split
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.tokens import ids_in, load_tokenizer
@@ -31,6 +32,7 @@ from raydistill.models import (
     count_parameters,
     load_classifier,
     save_classifier,
+    shape_of,
     start_classifier,
 )
 from raydistill.record.commit import commit_folder, read_manifest
@@ -145,9 +147,11 @@ class _Worker:
         cache = read_manifest(store, "teacher/cache") if self.job.uses_cache else None
         assert data is not None
         assert cache is not None or not self.job.uses_cache
+        from_cache = split == "train" and self.job.config.train.loss.features_from == "cache"
         return Split(
             store, splits, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length,
             teacher_temperature=self.job.teacher_temperature,
+            features=cached_features(store, self.job.objective.features) if from_cache else None,
         )  # fmt: skip
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
@@ -214,9 +218,10 @@ class _Worker:
             return sum((feature.sum() for feature in features), logits.sum()) * 0, {}
         labels = batch.labels_N.to(self.device)
         targets = batch.teacher.to(self.device) if batch.teacher and objective.needs_teacher else None
-        if self.teacher is None or targets is None:
+        if not objective.features or targets is None:
             return objective(logits, labels, targets)
-        targets = replace(targets, features=self.teacher.features(batch.inputs))
+        if self.teacher is not None:
+            targets = replace(targets, features=self.teacher.features(batch.inputs))
         ours, mask = self.model.grouped(features), batch.inputs["attention_mask"].to(self.device)
         return objective(logits, labels, targets, student_features=ours, mask_NL=mask)
 
@@ -333,18 +338,21 @@ class _Worker:
         self.engine.close()
         if self.teacher is not None:
             self.teacher.close()
+        if isinstance(self.model, TaughtStudent):
             self.model.close()
 
 
 def with_features(
     job: TrainingJob, student: Any, tokenizer: Any, device: torch.device
-) -> tuple[TaughtStudent, FeatureTeacher]:
-    """The student with its projections, and the teacher that runs beside it."""
+) -> tuple[TaughtStudent, FeatureTeacher | None]:
+    """The student with its projections, and the teacher that runs beside it unless its features are cached."""
     terms, dtype = job.objective.features, {"fp32": torch.float32}.get(job.precision, torch.bfloat16)
     folder = job.source.folder()
+    taught = TaughtStudent(student, terms, teacher_width=shape_of(folder).width, seed=job.settings.seed)
+    if job.config.train.loss.features_from == "cache":
+        return taught, None
     teacher = load_classifier("teacher.model", folder, dtype=dtype)
     ids = ids_in(load_tokenizer(folder, "teacher.model"), tokenizer)
-    taught = TaughtStudent(student, terms, teacher_width=teacher.config.hidden_size, seed=job.settings.seed)
     token_ids = None if ids is None else torch.from_numpy(ids)
     return taught, FeatureTeacher(teacher, terms, device=device, token_ids=token_ids)
 

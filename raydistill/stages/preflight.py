@@ -15,9 +15,10 @@ from raydistill.record.run import Run
 from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
+from raydistill.stages.feature_cache import check_lent_features, features_plan
 from raydistill.stages.features import feature_terms
 from raydistill.stages.progress import size
-from raydistill.stages.teach import cache_plan, teacher_source
+from raydistill.stages.teach import cache_plan, teacher_dtype, teacher_source
 from raydistill.stages.trainer import settings_of, training_plan
 from raydistill.students.sizes import check_architecture
 from raydistill.students.sketch import sketch
@@ -57,6 +58,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     feature_terms(config, folder)
     if config.student.lora:
         check_adapters(config, folder, labels)
+    check_lent_features(config, run, folder)
 
 
 def check_resources(config: Config, stages: tuple[str, ...], resources: Resources) -> None:
@@ -94,7 +96,11 @@ def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Re
         run.check("calibration", calibration_plan(run))
         if "teach" not in stages:
             teacher_temperature(config, run)
-    if "train" in stages and run.complete("cache") is not None:
+    features = features_plan(config, run, data, teacher.folder(), teacher_dtype(config, run, resources))
+    if features is not None and ("teach" in stages or "train" in stages):
+        run.check("features", features)
+    made = run.complete("cache") is not None and (features is None or run.complete("features") is not None)
+    if "train" in stages and made:
         run.check("student", training_plan("student", config, run, resources, teacher))
     if "evaluate" in stages and config.evaluate.control:
         run.check("control", training_plan("control", config, run, resources, teacher))

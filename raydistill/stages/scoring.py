@@ -7,6 +7,7 @@ the forward pass, the actor's second thread reads and tokenises the next.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -25,6 +26,7 @@ from raydistill.models import ModelSource, label_order, load_classifier
 from raydistill.record.commit import Entry, Manifest, committed_shard
 from raydistill.record.store import open_store
 from raydistill.stages.cluster import Share
+from raydistill.stages.feature_scoring import FeatureOutput, FeatureScorer, ShardOfFeatures
 from raydistill.stages.progress import Progress
 
 TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16_384}
@@ -45,6 +47,7 @@ class ScoringJob:
     dtype: str
     max_length: int
     tokens_per_batch: int | None
+    features: FeatureOutput | None = None  # written beside the logits by the same forward
 
 
 class Scorer:
@@ -61,6 +64,7 @@ class Scorer:
         self._tokenizer = load_tokenizer(folder, setting)
         self._model = load_classifier(setting, folder, dtype=DTYPES[job.dtype]).to(self._device)
         self._model.requires_grad_(False)
+        self._features = FeatureScorer(job.features, self._model, self._output) if job.features else None
         self._versions = self._written_counts()
         self._forward = threading.Lock()
 
@@ -70,34 +74,48 @@ class Scorer:
         A shard that a lost actor had committed before its record came back is kept.
         """
         name = f"{self._job.folder}/{entry.file}"
-        if (standing := committed_shard(self._output, name, self._job.fingerprint)) is not None:
-            return standing, {"seconds": 0.0, "tokens": 0.0, "at_max_length": 0}
+        standing = committed_shard(self._output, name, self._job.fingerprint)
+        features = self._features if self._features and self._features.output.wants(entry) else None
+        kept = features.output.standing(self._output, entry) if features else None
+        if standing is not None and (kept or not features):
+            return standing, {"seconds": 0.0, "tokens": 0.0, "at_max_length": 0, **_of_features(kept)}
         rows = read_shard(self._data, entry)
         tokens = tokenise(self._tokenizer, rows.texts, self._job.max_length)
-        with self._forward:
-            started = time.perf_counter()
-            logits = self.logits(tokens)
-            seconds = time.perf_counter() - started
-            self._check_frozen()
-        self._check_finite(rows, logits)
-        try:
-            made = write_logits(
-                self._output, name, rows.row_ids_N, logits, codec=self._job.codec, fingerprint=self._job.fingerprint
-            )
-        except ValueError as error:
-            raise UserError(f"{self._job.source.setting}: shard {entry.file}: {error}") from None
+        with features.writing(rows, tokens) if features and not kept else contextlib.nullcontext() as writer:
+            with self._forward:
+                started = time.perf_counter()
+                logits = self.logits(tokens, writer)
+                seconds = time.perf_counter() - started
+                self._check_frozen()
+            self._check_finite(rows, logits)
+            made = standing or self._write(entry, rows, logits)
+            if writer:
+                kept = writer.commit()
         lengths = tokens.lengths_N
         truncated = int((lengths >= self._job.max_length).sum())
-        return made, {"seconds": seconds, "tokens": float(lengths.sum()), "at_max_length": truncated}
+        facts = {"seconds": seconds, "tokens": float(lengths.sum()), "at_max_length": truncated}
+        return made, {**facts, **_of_features(kept)}
 
-    def logits(self, tokens: Tokens) -> np.ndarray:
-        """float32 logits of every row in the order of the data's labels."""
+    def _write(self, entry: Entry, rows: DataShard, logits: np.ndarray) -> Entry:
+        job, name = self._job, f"{self._job.folder}/{entry.file}"
+        try:
+            return write_logits(
+                self._output, name, rows.row_ids_N, logits, codec=job.codec, fingerprint=job.fingerprint
+            )
+        except ValueError as error:
+            raise UserError(f"{job.source.setting}: shard {entry.file}: {error}") from None
+
+    def logits(self, tokens: Tokens, writer: ShardOfFeatures | None = None) -> np.ndarray:
+        """float32 logits of every row in the order of the data's labels; the rows' features go to the writer."""
         result = np.empty((len(tokens), len(self._order)), np.float32)
         budget = self._job.tokens_per_batch or TOKENS_PER_BATCH[self._device.type]
         with torch.inference_mode():
             for batch in pack_by_length(tokens.lengths_N, budget):
                 inputs = pad([tokens.row(int(i)) for i in batch], self._tokenizer.pad_token_id)
-                output = self._model(**{name: value.to(self._device) for name, value in inputs.items()}).logits
+                inputs = {name: value.to(self._device) for name, value in inputs.items()}
+                output = self._model(**inputs).logits
+                if self._features:
+                    self._features.take(batch, inputs["attention_mask"], writer)
                 result[batch] = output.float().cpu().numpy()[:, self._order]
         return result
 
@@ -134,7 +152,7 @@ class ScoringActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         task = {name: values[0].item() if hasattr(values[0], "item") else values[0] for name, values in batch.items()}
         entry = Entry(**{name: task[name] for name in ENTRY_FIELDS})
-        record = {"problem": "", "seconds": 0.0, "tokens": 0.0, "at_max_length": 0, **task}
+        record = {"problem": "", "seconds": 0.0, "tokens": 0.0, "at_max_length": 0, **_of_features(None), **task}
         try:
             made, facts = self._scorer_of(task["job"]).score_shard(entry)
             record |= {**asdict(made), **facts}
@@ -155,17 +173,26 @@ class ScoringActor:
             return self._scorer
 
 
+def _of_features(entry: Entry | None) -> dict[str, Any]:
+    """A shard of features, or that there is none, in the columns of a record."""
+    return {"features_sha256": entry.sha256 if entry else "", "features_size": entry.size if entry else 0}
+
+
 ENTRY_FIELDS = ("file", "sha256", "size", "rows")
 TOTALS = ("rows", "tokens", "seconds", "at_max_length")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The committed shards of one job in order, those made now, and sums over the records of what was scored."""
+    """The committed shards of one job in order, those made now, and sums over the records of what was scored.
+
+    features: its committed shards of features in order.
+    """
 
     entries: list[Entry]
     made: list[Entry]
     totals: dict[str, float]
+    features: list[Entry]
 
 
 def score(
@@ -182,20 +209,25 @@ def score(
     """
     wanted = [[entry for split in splits[job.folder] for entry in data.shards(split)] for job in jobs]
     done = [_committed(job, entries) for job, entries in zip(jobs, wanted, strict=True)]
+    features = [_committed_features(job, entries) for job, entries in zip(jobs, wanted, strict=True)]
     totals: list[dict[str, float]] = [dict.fromkeys(TOTALS, 0.0) for _ in jobs]
     missing = [
         {"job": number, **asdict(entry)}
         for number, entries in enumerate(wanted)
         for entry in entries
-        if entry.file not in done[number]
+        if entry.file not in done[number] or (entry.file, None) in features[number].items()
     ]
-    kept, started, rows = sum(map(len, done)), time.monotonic(), 0
+    kept, started, rows = sum(map(len, wanted)) - len(missing), time.monotonic(), 0
     if kept and missing:
         progress.say(f"{what}: {kept} of {kept + len(missing)} shards are committed and kept")
     for record in _map_shards(tuple(jobs), missing, share, progress) if missing else ():
         if record["problem"]:
             raise UserError(record["problem"])
-        done[record["job"]][record["file"]] = Entry(**{name: record[name] for name in ENTRY_FIELDS})
+        made = Entry(**{name: record[name] for name in ENTRY_FIELDS})
+        done[record["job"]][made.file] = made
+        if record["features_sha256"]:
+            kept_features = Entry(made.file, record["features_sha256"], record["features_size"], made.rows)
+            features[record["job"]][made.file] = kept_features
         for name in TOTALS:
             totals[record["job"]][name] += record[name]
         rows += record["rows"]
@@ -203,8 +235,8 @@ def score(
         progress.check()
     new = [{task["file"] for task in missing if task["job"] == number} for number in range(len(jobs))]
     return [
-        Scored([d[e.file] for e in w], [d[e.file] for e in w if e.file in n], t)
-        for w, d, n, t in zip(wanted, done, new, totals, strict=True)
+        Scored([d[e.file] for e in w], [d[e.file] for e in w if e.file in n], t, [x for x in f.values() if x])
+        for w, d, f, n, t in zip(wanted, done, features, new, totals, strict=True)
     ]
 
 
@@ -212,6 +244,12 @@ def _committed(job: ScoringJob, entries: list[Entry]) -> dict[str, Entry]:
     output = open_store(job.output_url)
     found = (committed_shard(output, f"{job.folder}/{entry.file}", job.fingerprint) for entry in entries)
     return {entry.file: entry for entry in found if entry}
+
+
+def _committed_features(job: ScoringJob, entries: list[Entry]) -> dict[str, Entry | None]:
+    """The shard of features of every data shard that needs one, None where it is not committed yet."""
+    output, asked = open_store(job.output_url), job.features
+    return {entry.file: asked.standing(output, entry) for entry in entries if asked and asked.wants(entry)}
 
 
 def _map_shards(

@@ -28,6 +28,7 @@ def expected_parts(config: Config) -> list[str]:
     """The parts of a run that its config asks for, in order."""
     wanted = {
         "teacher": config.teacher.fine_tune is not None,
+        "features": config.train.loss.features_from == "cache",
         "calibration": config.teacher.calibrate,
         "control": config.evaluate.control,
     }

@@ -1,10 +1,12 @@
 """Stage teach: the teacher, fine-tuned here when it is asked for, scores train and validation once; test it never sees.
 
-What it writes is the teacher cache: one shard of logits for each data shard.
+What it writes is the teacher cache: one shard of logits for each data shard, and one of features for each train shard
+where the config wants them cached; one forward makes both.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from raydistill.config import Config
@@ -15,6 +17,8 @@ from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
 from raydistill.stages.calibration import calibrate
 from raydistill.stages.cluster import Resources, gains_from_bf16, share_for_actors
+from raydistill.stages.feature_cache import commit_features, feature_output, features_plan
+from raydistill.stages.feature_scoring import FeatureOutput
 from raydistill.stages.progress import Progress, size
 from raydistill.stages.scoring import ScoringJob, score
 from raydistill.stages.trainer import train_model
@@ -41,14 +45,24 @@ def _teach(config: Config, run: Run, resources: Resources, progress: Progress) -
         start = ModelSource("teacher.model", config.teacher.model, config.teacher.revision)
         train_model("teacher", config, run, resources, progress, source=start)
     plan = cache_plan(config, run, data, resources)
-    if (manifest := run.begin("cache", plan)) is not None:
+    manifest = run.begin("cache", plan)
+    output = _missing_features(config, run, data, resources)
+    if manifest is not None and output is None:
         progress.say(f"teach: complete, {sum(e.rows for e in manifest.files):,} rows cached")
         return manifest
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
     job = teacher_job(
         config, run, data, folder="teacher/cache", fingerprint=plan.fingerprint, dtype=plan.inputs["teacher.dtype"]
     )
-    (scored,) = score([job], data, {job.folder: SPLITS}, share, progress, "teach")
+    (scored,) = score([replace(job, features=output)], data, {job.folder: SPLITS}, share, progress, "teach")
+    if output is not None:
+        made = commit_features(run, output, scored.features)
+        facts, total = made.facts, sum(entry.size for entry in made.files)
+        progress.say(
+            f"teach: features of {facts['rows']:,} rows, {facts['bytes_per_row']:,.0f} bytes a row, {size(total)}"
+        )
+    if manifest is not None:
+        return manifest
     entries, totals = scored.entries, scored.totals
     rows = sum(entry.rows for entry in entries)
     facts = {
@@ -71,6 +85,15 @@ def _teach(config: Config, run: Run, resources: Resources, progress: Progress) -
         )
     )
     return manifest
+
+
+def _missing_features(config: Config, run: Run, data: Manifest, resources: Resources) -> FeatureOutput | None:
+    """The cached features that are still to be made."""
+    folder = teacher_source(config, run).folder()
+    plan = features_plan(config, run, data, folder, teacher_dtype(config, run, resources))
+    if plan is None or run.begin("features", plan) is not None:
+        return None
+    return feature_output(plan, folder)
 
 
 def teacher_source(config: Config, run: Run) -> ModelSource:

@@ -15,4 +15,6 @@ def train(config: Config, run: Run, resources: Resources, progress: Progress) ->
     """Trains the student from the cache and writes `student/`; its manifest."""
     run.require("data")
     run.require("cache")
+    if config.train.loss.features_from == "cache":
+        run.require("features")
     return train_model("student", config, run, resources, progress, source=teacher_source(config, run))

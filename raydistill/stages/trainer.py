@@ -97,6 +97,8 @@ def training_plan(role: str, config: Config, run: Run, resources: Resources, sou
         inputs["cache"] = run.require("cache").fingerprint
         if config.teacher.calibrate:
             inputs["teacher.calibrate"] = calibration_plan(run).fingerprint
+        if config.train.loss.features_from == "cache":
+            inputs["features"] = run.require("features").fingerprint
     skip = ("precision", "loss") if role == "control" else ("precision",)
     inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
     if role == "control":
