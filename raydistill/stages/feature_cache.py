@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raydistill.cache.feature_shards import FeatureColumn
 from raydistill.config import Config
+from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
 from raydistill.losses.cached_features import all_names, axes_of
 from raydistill.models import Shape, model_identity, shape_of
@@ -17,8 +18,6 @@ from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
 from raydistill.stages.feature_scoring import FeatureOutput
 from raydistill.stages.features import feature_terms
-
-SPLITS = ("train",)  # validation compares logits alone
 
 
 def needed_features(config: Config, teacher_folder: Path) -> tuple[str, ...]:
@@ -95,7 +94,7 @@ def feature_output(plan: Plan, teacher_folder: Path) -> FeatureOutput:
     """What the teacher's actors write for this plan."""
     columns = columns_of(tuple(plan.inputs["features"]), shape_of(teacher_folder))
     codec = plan.inputs["teacher.features_codec"]
-    return FeatureOutput(PARTS["features"].folder, plan.fingerprint, codec, columns, SPLITS)
+    return FeatureOutput(PARTS["features"].folder, plan.fingerprint, codec, columns, STUDENT_SPLITS)
 
 
 def commit_features(run: Run, output: FeatureOutput, entries: list[Entry]) -> Manifest:

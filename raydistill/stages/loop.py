@@ -147,7 +147,7 @@ class _Worker:
         cache = read_manifest(store, "teacher/cache") if self.job.uses_cache else None
         assert data is not None
         assert cache is not None or not self.job.uses_cache
-        from_cache = split == "train" and self.job.config.train.loss.features_from == "cache"
+        from_cache = splits == self.job.splits and self.job.config.train.loss.features_from == "cache"
         return Split(
             store, splits, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length,
             teacher_temperature=self.job.teacher_temperature,

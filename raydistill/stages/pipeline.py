@@ -8,11 +8,14 @@ from typing import Any
 
 from raydistill.config import Config
 from raydistill.config_file import to_yaml
+from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
+from raydistill.models import find_model
 from raydistill.record.lock import run_lock
 from raydistill.record.run import PARTS, Run, open_run
 from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.evaluate import evaluate
+from raydistill.stages.feature_cost import feature_cost
 from raydistill.stages.preflight import Cost, check_models, check_plans, check_resources, cost
 from raydistill.stages.prepare import Surveyed, data_plan, prepare, standing_data, survey_sources
 from raydistill.stages.progress import Progress
@@ -93,6 +96,7 @@ def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
 def plan(config: Config, progress: Progress) -> Cost:
     """What a run will cost, after every check that needs no worker. Writes nothing."""
     run = open_run(config.storage, config.name, cache_from=config.teacher.cache_from)
+    surveyed = None
     if run.lender:
         data = run.require("data")
         rows, labels = data.facts["rows"], data.facts["labels"]
@@ -100,4 +104,6 @@ def plan(config: Config, progress: Progress) -> Cost:
         surveyed = survey_sources(config, progress)
         rows, labels = surveyed.rows, surveyed.labels
     check_models(config, run, labels)
-    return cost(config, rows, len(labels))
+    folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+    learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
+    return cost(config, rows, len(labels), feature_cost(config, run, surveyed, folder, learnt))

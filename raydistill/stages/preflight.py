@@ -16,6 +16,7 @@ from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
 from raydistill.stages.feature_cache import check_lent_features, features_plan
+from raydistill.stages.feature_cost import FeatureCost
 from raydistill.stages.features import feature_terms
 from raydistill.stages.progress import size
 from raydistill.stages.teach import cache_plan, teacher_dtype, teacher_source
@@ -114,7 +115,7 @@ class Cost:
     teacher_forwards: int
     cache_bytes: int
     steps: dict[str, int]
-    feature_forwards: int = 0
+    features: FeatureCost | None = None
 
     def lines(self) -> list[str]:
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
@@ -123,15 +124,11 @@ class Cost:
             f"teacher forwards for the cache: {self.teacher_forwards:,} rows, once each",
             f"cache: {size(self.cache_bytes)}",
             f"optimiser steps at most: {steps}",
-            *(
-                [f"teacher forwards for its features: {self.feature_forwards:,} rows at most, beside the training"]
-                if self.feature_forwards
-                else []
-            ),
+            *(self.features.lines() if self.features else []),
         ]
 
 
-def cost(config: Config, rows: dict[str, int], classes: int) -> Cost:
+def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCost | None = None) -> Cost:
     """The cost of a run over these rows."""
     per_class, per_row = CODEC_BYTES[config.teacher.codec]
     forwards = sum(count for split, count in rows.items() if split != "test")
@@ -145,5 +142,4 @@ def cost(config: Config, rows: dict[str, int], classes: int) -> Cost:
         settings, _ = settings_of(config, role)
         of_role = rows["train"] if role == "teacher" else learnt
         steps[role] = settings.epochs * steps_per_epoch(of_role, settings.batch_size)
-    beside = config.train.epochs * learnt if config.train.loss.features else 0
-    return Cost(rows, forwards, forwards * (classes * per_class + per_row), steps, beside)
+    return Cost(rows, forwards, forwards * (classes * per_class + per_row), steps, features)

@@ -1,7 +1,7 @@
 """Stage teach: the teacher, fine-tuned here when it is asked for, scores train and validation once; test it never sees.
 
-What it writes is the teacher cache: one shard of logits for each data shard, and one of features for each train shard
-where the config wants them cached; one forward makes both.
+What it writes is the teacher cache: one shard of logits for each data shard, and one of features for each shard
+that the student learns from where the config wants them cached; one forward makes both.
 """
 
 from __future__ import annotations
