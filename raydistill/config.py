@@ -262,6 +262,9 @@ class Student(Section):
     vocabulary_min_count: int = Added(
         1, ge=1, le=1 << 40, description="trim_vocabulary: how often train must use a token to keep it"
     )
+    max_positions: int | None = Added(
+        None, ge=2, le=1 << 20, description="tokens that its table of absolute positions is cut to; absent: all it has"
+    )
     lora: Lora | None = Added(None, description="adapters are trained; absent: every weight is")
 
     @model_validator(mode="after")
@@ -288,7 +291,7 @@ class Student(Section):
         needed = {"pretrained": ("model",), "config": ("hidden_size", "num_layers"), "teacher_layers": ()}[self.init]
         foreign = {
             "pretrained": (*chosen, *sizes, "num_layers", *width),
-            "config": (*chosen, "model", "revision"),
+            "config": (*chosen, "model", "revision", "max_positions"),
             "teacher_layers": ("model", "revision", *sizes),
         }[self.init]
         for name in needed:
@@ -470,6 +473,21 @@ class Config(Section):
         codec = type(self.teacher).model_fields["features_codec"].default
         if self.teacher.features_codec != codec and self.train.loss.features_from != "cache":
             raise ValueError("teacher.features_codec means nothing without train.loss.features_from=cache; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_fit_student(self) -> Config:
+        positions = self.student.max_positions
+        if positions is not None and positions < self.data.max_length:
+            raise ValueError(
+                f"student.max_positions {positions} is below data.max_length {self.data.max_length}, the tokens that a"
+                " row may have; raise the one or lower the other"
+            )
+        if self.student.vocabulary_min_count > 1 and self.train.loss.features_from == "cache":
+            raise ValueError(
+                f"student.vocabulary_min_count {self.student.vocabulary_min_count} cuts rows of train into other tokens"
+                " than those whose features are in the cache; set it to 1, or train.loss.features_from to teacher"
+            )
         return self
 
     @field_validator("name")

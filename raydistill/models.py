@@ -164,6 +164,18 @@ def load_classifier(setting: str, folder: Path, *, dtype: torch.dtype = torch.fl
     return model.eval()
 
 
+def empty_classifier(setting: str, folder: Path) -> Any:
+    """A classifier with the configuration in a folder and none of its weights. Raises UserError when it makes none."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    quiet_transformers()
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return AutoModelForSequenceClassification.from_config(config)
+    except Exception as error:  # transformers raises many kinds for a broken configuration
+        raise UserError(f"{setting}: {folder}: does not load as a classifier ({first_line(error)})") from None
+
+
 def start_classifier(setting: str, folder: Path, labels: list[str]) -> Any:
     """A pretrained model with a head for these labels, new where none fits. Call torch.manual_seed first."""
     from transformers import AutoModelForSequenceClassification

@@ -22,7 +22,7 @@ from raydistill.stages.progress import size
 from raydistill.stages.teach import cache_plan, teacher_dtype, teacher_source
 from raydistill.stages.trainer import settings_of, training_plan
 from raydistill.students.sizes import check_architecture
-from raydistill.students.sketch import sketch
+from raydistill.students.skeleton import student_skeleton
 from raydistill.students.vocabulary import check_trimmable
 
 CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (1, 4)}
@@ -52,10 +52,11 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         check_length("the student", student, config.data.max_length)
     elif config.student.init == "config":
         check_architecture(config.student.model_type)
-    else:
-        sketch(config.student, folder)
     if config.student.trim_vocabulary:
         check_trimmable(tokenizer)
+    if config.student.init != "config":
+        length = config.data.max_length
+        student_skeleton(config.student, teacher_folder=folder, labels=labels, max_length=length)
     feature_terms(config, folder)
     if config.student.lora:
         check_adapters(config, folder, labels)

@@ -24,7 +24,7 @@ from raydistill.students.kept import (
 )
 from raydistill.students.layers import chosen_layers, reorder_head, student_from_layers
 from raydistill.students.sizes import set_dropout, student_from_config
-from raydistill.students.tables import token_ids_of, with_tokens
+from raydistill.students.tables import token_ids_of, with_positions, with_tokens
 from raydistill.students.vocabulary import trimmed_tokenizer
 
 Rows = Callable[[], Iterator[DataShard]]  # the rows of train from the first on, shard by shard, at each call
@@ -79,6 +79,8 @@ def build_student(
     if trim is not None:
         tokenizer, kept = trim(needed=token_ids_of(student.config, len(tokenizer)))
         student = with_tokens(student, kept, pad_id=tokenizer.pad_token_id)
+    if settings.max_positions is not None:
+        student = with_positions(student, settings.max_positions)
     return student, tokenizer
 
 

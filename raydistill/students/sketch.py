@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from raydistill.errors import UserError, first_line
-from raydistill.models import quiet_transformers
+from raydistill.models import empty_classifier
 from raydistill.students.layers import chosen_layers, student_from_layers
 from raydistill.students.width import blocks_to_narrow, narrowed
 
@@ -20,7 +19,7 @@ def sketch(settings: Any, teacher_folder: Path) -> Any:
     have, and for an architecture that does not allow them.
     """
     with torch.device("meta"):
-        teacher = _teacher(teacher_folder)
+        teacher = empty_classifier("teacher.model", teacher_folder)
         chosen = chosen_layers(settings.layers, settings.num_layers, teacher.config.num_hidden_layers)
         student = student_from_layers(teacher, chosen, settings.dropout)
         units, heads = blocks_to_narrow(teacher, units=settings.feed_forward, heads=settings.num_heads)
@@ -29,14 +28,3 @@ def sketch(settings: Any, teacher_folder: Path) -> Any:
             units=None if units is None else [torch.arange(settings.feed_forward)] * len(chosen),
             heads=None if heads is None else [torch.arange(settings.num_heads)] * len(chosen),
         )
-
-
-def _teacher(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    quiet_transformers()
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        return AutoModelForSequenceClassification.from_config(config)
-    except Exception as error:  # transformers raises many kinds for a broken configuration
-        raise UserError(f"teacher.model: {folder}: does not load as a classifier ({first_line(error)})") from None
