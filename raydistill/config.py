@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
-Metric = Literal["accuracy", "macro_f1", "nll", "kl", "agreement"]
+Metric = Literal["accuracy", "macro_f1", "micro_f1", "nll", "kl", "agreement"]
 TeacherMetrics = ("kl", "agreement")
 LayerChoice = Literal["first", "last", "uniform"]
 MAX_SEED = 2**32 - 1  # the largest that numpy, torch and transformers all take
@@ -60,6 +60,9 @@ class Data(Section):
     )
     text: str = Field(default="text", min_length=1, description="the column that holds the text")
     label: str = Field(default="label", min_length=1, description="the column that holds the label's name")
+    label_separator: str = Field(
+        default="|", min_length=1, max_length=16, description="task multi_label: between the names in a text"
+    )
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="of CSV files")
     max_length: int = Field(
         default=128, ge=2, le=131_072, description="tokens a row may have; longer rows are truncated"
@@ -338,6 +341,8 @@ LOSS_PARAMETERS = {
     "intra_weight": ("dist",),
 }
 WITHOUT_TEMPERATURE = ("logit_mse",)
+# The kinds that know sets of labels, each class a question of its own, by their names in losses/registry.py.
+KINDS_OF_SETS = {"forward_kl": "binary_kl", "reverse_kl": "binary_reverse_kl", "jsd": "binary_jsd"}
 
 
 class Features(Section):
@@ -460,7 +465,9 @@ class Config(Section):
 
     name: str = Field(description="the run's folder below storage")
     storage: str = Field(default="runs", min_length=1, description="a folder, s3://bucket/prefix or another fsspec URL")
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "multi_label"] = Field(
+        default="classification", description="multi_label: a row may have several labels or none"
+    )
     data: Data
     teacher: Teacher
     student: Student = Student()
@@ -496,6 +503,28 @@ class Config(Section):
         if not RUN_NAME.fullmatch(value) or value.upper() in {"CON", "PRN", "AUX", "NUL"}:
             raise ValueError("a run name is a plain name of letters, digits, '.', '_' and '-', at most 64, no path")
         return value
+
+    @model_validator(mode="after")
+    def _settings_fit_task(self) -> Config:
+        tuning = self.teacher.fine_tune
+        metrics = {"train": self.train.metric} | ({"teacher.fine_tune": tuning.metric} if tuning else {})
+        if self.task == "classification":
+            for section, metric in metrics.items():
+                if metric == "micro_f1":
+                    raise ValueError(f"{section}.metric: micro_f1 is accuracy where a row has one label; use accuracy")
+            if self.data.label_separator != type(self.data).model_fields["label_separator"].default:
+                raise ValueError("data.label_separator means nothing with task: classification; remove it")
+            return self
+        if self.train.loss.kind not in KINDS_OF_SETS:
+            raise ValueError(
+                f"train.loss.kind: {self.train.loss.kind} compares classes with each other and task: multi_label asks"
+                f" for each by itself; use {', '.join(KINDS_OF_SETS)}"
+            )
+        if self.train.loss.standardise:
+            raise ValueError(
+                "train.loss.standardise moves the logit at which task: multi_label says yes or no; remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rows_without_labels_have_a_teacher(self) -> Config:

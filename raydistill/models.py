@@ -30,6 +30,8 @@ OFFSET_POSITIONS = (
     "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
 )  # fmt: skip
+# What transformers calls the tasks.
+PROBLEM_TYPES = {"classification": "single_label_classification", "multi_label": "multi_label_classification"}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -211,6 +213,22 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def set_task(model: Any, task: str) -> None:
+    """Says in a model's configuration that each label is a question of its own, where it is, for those who use it."""
+    if task == "multi_label":
+        model.config.problem_type = PROBLEM_TYPES[task]
+
+
+def check_task(setting: str, folder: Path, task: str) -> None:
+    """Raises UserError for a model whose logits were made for another task; one that does not say is taken."""
+    found = json.loads((folder / "config.json").read_text()).get("problem_type")
+    if found not in (None, PROBLEM_TYPES[task]):
+        raise UserError(
+            f"{setting}: {folder}: its problem_type is {found}, which does not fit task: {task}. Set another task,"
+            " another teacher, or teacher.fine_tune"
+        )
 
 
 def label_maps(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:

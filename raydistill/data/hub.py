@@ -13,7 +13,7 @@ from raydistill.errors import UserError, first_line
 def hub_rows(setting: str, location: str) -> Iterator[dict[str, Any]]:
     """The rows in order, classes by their names. Raises UserError when the data set cannot be loaded or read."""
     stream = _stream(setting, location)
-    names = {column: getattr(feature, "names", None) for column, feature in (stream.features or {}).items()}
+    names = {column: _names(feature) for column, feature in (stream.features or {}).items()}
     for row in _streamed(setting, location, stream):
         yield {column: _named(value, names.get(column)) for column, value in row.items()}
 
@@ -51,7 +51,14 @@ def _streamed(setting: str, location: str, stream: Any) -> Iterator[dict[str, An
         raise UserError(f"{setting}: {location}: cannot be read ({first_line(error)})") from None
 
 
+def _names(feature: Any) -> list[str] | None:
+    """The names of a column of classes, or of lists of classes."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
 def _named(value: Any, names: list[str] | None) -> Any:
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
     return names[value] if names is not None and isinstance(value, int) and 0 <= value < len(names) else value
 
 

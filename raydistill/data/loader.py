@@ -34,7 +34,7 @@ class Batch:
     """The rows of one micro-batch; `rows` counts those that are real (a rank without rows gets one of weight 0)."""
 
     inputs: dict[str, torch.Tensor]
-    labels_N: torch.Tensor
+    labels_N: torch.Tensor  # or (N, K) for sets of labels
     teacher: TeacherTargets | None
     rows: int
 
@@ -44,7 +44,7 @@ class Shard:
     """A shard as training needs it."""
 
     tokens: Tokens
-    labels_N: npt.NDArray[np.int64]
+    labels_N: npt.NDArray[np.integer]  # int64, or (N, K) int8 for sets of labels
     logits_NK: npt.NDArray[np.float32] | None
     features: FeatureShard | None = None
 
@@ -121,13 +121,14 @@ class Split:
             assert self._cache is not None
             logits = self._join(rows.row_ids_N, read_logits(self._store, "teacher/cache", entry, self._cache), entry)
         tokens = tokenise(self._tokenizer, rows.texts, self._max_length)
+        labels = rows.labels_N if rows.labels_N.ndim > 1 else rows.labels_N.astype(np.int64)
         features = None
         if self._features is not None:
             features = read_features(
                 self._store, FOLDER, self._feature_entries[number], self._features.manifest,
                 row_ids_N=rows.row_ids_N, tokens_N=tokens.lengths_N, names=self._features.names,
             )  # fmt: skip
-        return Shard(tokens, rows.labels_N.astype(np.int64), logits, features)
+        return Shard(tokens, labels, logits, features)
 
     def _join(self, row_ids_N: npt.NDArray[np.int64], cached: LogitShard, entry: Entry) -> npt.NDArray[np.float32]:
         if not np.array_equal(row_ids_N, cached.row_ids_N):

@@ -1,7 +1,8 @@
 """Data shards: a fixed number of rows each, written once in order, read whole.
 
-Columns: row_id (the row's ordinal over all splits, in the order of SPLITS), text, label (class number; -100 without
-one), and where the row came from (source_file, source_row).
+Columns: row_id (the row's ordinal over all splits, in the order of SPLITS), text, label (class number, -100 without
+one; for sets of labels a byte for each of the K classes: 1, 0, or -100 where that is unknown), and where the row came
+from (source_file, source_row).
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydistill.cache.codecs import from_fixed_binary
 from raydistill.data.sources import Row
 from raydistill.record.commit import Entry, commit_shard, committed_shard, open_verified, shard_name
 from raydistill.record.store import Store, naming
 
 SPLITS = ("train", "validation", "test", "unlabelled")
-NO_LABEL = -100  # what the losses take for a row without a label
 # What a model learns from. Rows without a label have something to say only where there is a teacher.
 LABELLED_SPLITS = ("train",)
 STUDENT_SPLITS = ("train", "unlabelled")
@@ -35,15 +36,31 @@ SCHEMA = pa.schema(
 
 
 class ShardWriter:
-    """Takes the rows of one split in order and commits a shard whenever one is full; keeps those that stand."""
+    """Takes the rows of one split in order and commits a shard whenever one is full; keeps those that stand.
 
-    def __init__(self, store: Store, split: str, *, first_row_id: int, shard_rows: int, fingerprint: str) -> None:
+    classes: how many bytes a row's labels have, where rows have sets of labels.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        split: str,
+        *,
+        first_row_id: int,
+        shard_rows: int,
+        fingerprint: str,
+        classes: int | None = None,
+    ) -> None:
+        label = SCHEMA.get_field_index("label")
+        self._schema = SCHEMA
+        if classes is not None:
+            self._schema = SCHEMA.set(label, pa.field("label", pa.binary(classes), nullable=False))
         self._store, self._split, self._fingerprint = store, split, fingerprint
         self._next_row_id, self._shard_rows = first_row_id, shard_rows
-        self._rows: list[tuple[str, int, int, int]] = []
+        self._rows: list[tuple[str, int | bytes, int, int]] = []
         self.entries: list[Entry] = []
 
-    def add(self, row: Row, label: int) -> None:
+    def add(self, row: Row, label: int | bytes) -> None:
         self._rows.append((row.text, label, row.file, row.number))
         if len(self._rows) == self._shard_rows:
             self._commit()
@@ -65,10 +82,10 @@ class ShardWriter:
         row_ids = np.arange(self._next_row_id, self._next_row_id + len(self._rows))
         columns = [
             pa.array(row_ids),
-            *(pa.array(c, f.type) for c, f in zip(zip(*self._rows, strict=True), SCHEMA.remove(0), strict=True)),
+            *(pa.array(c, f.type) for c, f in zip(zip(*self._rows, strict=True), self._schema.remove(0), strict=True)),
         ]
         staged = self._store.staging(name)
-        table = pa.Table.from_arrays(columns, schema=SCHEMA)
+        table = pa.Table.from_arrays(columns, schema=self._schema)
         with naming(staged):
             pq.write_table(table, staged, compression="zstd", write_page_checksum=True, store_schema=False)
         return commit_shard(self._store, staged, name, rows=len(self._rows), fingerprint=self._fingerprint)
@@ -76,20 +93,25 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class DataShard:
-    """The rows of one shard, N of them."""
+    """The rows of one shard, N of them. labels_N are class numbers, or (N, K) int8 for sets of labels."""
 
     name: str
     row_ids_N: npt.NDArray[np.int64]
     texts: list[str]
-    labels_N: npt.NDArray[np.int32]
+    labels_N: npt.NDArray[np.integer]
 
 
 def read_shard(store: Store, entry: Entry) -> DataShard:
     """A committed data shard. Raises UserError when the file is not what the manifest says."""
     with open_verified(store, "data", entry) as source:
         table = pq.ParquetFile(source).read(columns=["row_id", "text", "label"], use_threads=False)
-        row_ids, labels = (np.array(table.column(name).to_numpy()) for name in ("row_id", "label"))
+        row_ids, label = np.array(table.column("row_id").to_numpy()), table.column("label")
+        labels = _label_sets(label) if pa.types.is_fixed_size_binary(label.type) else np.array(label.to_numpy())
         return DataShard(entry.file, row_ids, table.column("text").to_pylist(), labels)
+
+
+def _label_sets(column: pa.ChunkedArray) -> npt.NDArray[np.int8]:
+    return np.concatenate([from_fixed_binary(chunk, np.int8) for chunk in column.chunks]).astype(np.int8, copy=False)
 
 
 def read_split(store: Store, entries: list[Entry]) -> Iterator[DataShard]:

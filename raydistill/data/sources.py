@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydistill.data.hub import hub_identity, hub_rows
-from raydistill.data.labels import read_label
+from raydistill.data.labels import Label, read_label
 from raydistill.errors import UserError, first_line
 
 Reason = Literal[
@@ -41,7 +41,7 @@ class Row:
     """
 
     text: str
-    label: str | None
+    label: Label | None
     file: int
     number: int
 
@@ -59,7 +59,8 @@ class Dropped:
 class Columns:
     """Which columns to read, and the limits on what is in them.
 
-    Without a label column no row has a label; with keep_unlabelled a row with an empty label is one without.
+    Without a label column no row has a label; with keep_unlabelled a row with an empty label is one without. With a
+    separator a row's label is a set of names.
     """
 
     text: str
@@ -67,6 +68,7 @@ class Columns:
     delimiter: str
     max_row_bytes: int
     keep_unlabelled: bool = False
+    separator: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -189,7 +191,7 @@ def _row(values: tuple[Any, Any] | None, file: int, number: int, columns: Column
     if columns.label is None:
         return Row(text, None, file, number)
     try:
-        label = read_label(value)
+        label = read_label(value, columns.separator)
     except ValueError:
         return Dropped("label is not a name", file, number)
     if label is None and not columns.keep_unlabelled:

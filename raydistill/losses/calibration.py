@@ -42,6 +42,23 @@ def fit_temperature(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> float:
     return 1 / _zero_of_slope(margins_NK, *sorted((1.0, end)))
 
 
+def fit_label_temperature(logits_NK: torch.Tensor, labels: torch.Tensor) -> float:
+    """fit_temperature where labels are classes, (N,), and fit_binary_temperature where they are sets, (N, K)."""
+    return (fit_binary_temperature if labels.ndim > 1 else fit_temperature)(logits_NK, labels)
+
+
+def fit_binary_temperature(logits_NK: torch.Tensor, labels_NK: torch.Tensor) -> float:
+    """fit_temperature for sets of labels: each class of each row is a question, sigmoid(logit / temperature) its yes.
+
+    labels_NK are 1, 0, or -100 where that is unknown. A sigmoid is the softmax of (0, logit), so that this is
+    fit_temperature of N K rows with two classes. Raises ValueError as it does, and on a shape mismatch.
+    """
+    if logits_NK.shape != labels_NK.shape:
+        raise ValueError(f"logits {tuple(logits_NK.shape)} and labels {tuple(labels_NK.shape)} differ")
+    yes = logits_NK.detach().flatten()
+    return fit_temperature(torch.stack([torch.zeros_like(yes), yes], dim=1), labels_NK.flatten())
+
+
 def _slope_and_curvature(margins_NK: torch.Tensor, inverse: float) -> tuple[float, float]:
     """First and second derivative of the mean NLL by 1 / temperature: mean and variance of the margins under it."""
     probs_NK = torch.softmax(margins_NK * inverse, dim=1)

@@ -90,11 +90,18 @@ def compare(
     counts = np.bincount(models[0] * 4 + models[1] * 2 + models[2], minlength=8)
     right = np.array([[(cell >> 2) & 1, (cell >> 1) & 1, cell & 1] for cell in range(8)])
     rows = counts.sum()
-    teacher, student, control = (counts @ right) / rows
     drawn = np.random.default_rng(seed).multinomial(rows, counts / rows, size=resamples) @ right / rows
-    retained = drawn[:, 1] / np.maximum(drawn[:, 0], 1 / rows)
+    return compared((counts @ right) / rows, drawn, smallest=1 / rows, has_control=control_N is not None)
+
+
+def compared(measured: Floats, drawn: Floats, *, smallest: float, has_control: bool) -> Comparison:
+    """The comparison of teacher, student and control as measured, with intervals from the resamples (one row each).
+
+    A teacher that a resample finds never right counts there as right in the smallest share there is.
+    """
+    teacher, student, control = measured
+    retained = drawn[:, 1] / np.maximum(drawn[:, 0], smallest)
     gain = drawn[:, 1] - drawn[:, 2]
-    has_control = control_N is not None
     return Comparison(
         retention=float(student / teacher) if teacher else None,
         retention_ci95=_interval(retained),

@@ -14,11 +14,11 @@ from raydistill.config import Config
 from raydistill.data.loader import pair_entries
 from raydistill.data.shards import read_shard
 from raydistill.errors import UserError
-from raydistill.losses.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_temperature
+from raydistill.losses.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_label_temperature
 from raydistill.record.commit import commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
-from raydistill.report.metrics import nll
+from raydistill.report.measures import measures_of
 from raydistill.stages.progress import Progress
 
 
@@ -33,7 +33,7 @@ def calibrate(run: Run, progress: Progress) -> None:
         progress.say(f"calibrate: complete, temperature {manifest.facts['temperature']:g}")
         return
     logits_NK, labels_N = _validation(run)
-    temperature = fit_temperature(torch.from_numpy(logits_NK), torch.from_numpy(labels_N))
+    temperature = fit_label_temperature(torch.from_numpy(logits_NK), torch.from_numpy(labels_N))
     # Six digits, so that machines that sum in another order find the same.
     temperature = float(f"{temperature:.6g}")
     if not LOWEST_TEMPERATURE < temperature < HIGHEST_TEMPERATURE:
@@ -42,6 +42,7 @@ def calibrate(run: Run, progress: Progress) -> None:
             f"teacher.calibrate: the teacher {found} all {len(labels_N):,} validation rows, so that no temperature fits"
             " them best. Give more validation rows, or set teacher.calibrate=false"
         )
+    nll = measures_of(labels_N).nll
     before, after = nll(logits_NK, labels_N), nll(logits_NK / temperature, labels_N)
     facts = {"temperature": temperature, "rows": len(labels_N), "nll_before": before, "nll_after": after}
     commit_manifest(run.store, PARTS["calibration"].product, plan.fingerprint, [], facts)

@@ -17,13 +17,13 @@ import torch
 from raydistill.cache.shards import read_logits
 from raydistill.config import Config, identity
 from raydistill.data.shards import read_shard, read_split
-from raydistill.losses.calibration import fit_temperature
+from raydistill.losses.calibration import fit_label_temperature
 from raydistill.models import ModelSource, model_identity, weight_files
 from raydistill.record.commit import Entry, Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
 from raydistill.record.store import Store
-from raydistill.report.metrics import classifier_metrics, compare, mean_kl
+from raydistill.report.measures import measures_of
 from raydistill.report.page import render
 from raydistill.stages.calibration import teacher_temperature
 from raydistill.stages.cluster import Resources, share_for_actors
@@ -145,22 +145,20 @@ def _report(
 ) -> dict[str, Any]:
     """All figures, under the names of the design."""
     labels = {split: _labels(run, data, split) for split in SPLITS}
-    teacher = logits["teacher"]["test"]
+    teacher, measures = logits["teacher"]["test"], measures_of(labels["test"])
     models: dict[str, Any] = {}
     for name, split in logits.items():
-        temperature = fit_temperature(*map(torch.from_numpy, (split["validation"], labels["validation"])))
+        temperature = fit_label_temperature(*map(torch.from_numpy, (split["validation"], labels["validation"])))
         models[name] = {
-            **classifier_metrics(split["test"], labels["test"], temperature),
-            "agreement": float((split["test"].argmax(axis=1) == teacher.argmax(axis=1)).mean()),
-            "kl_to_teacher": mean_kl(teacher, split["test"]),
+            **measures.metrics(split["test"], labels["test"], temperature),
+            "agreement": float(measures.same(split["test"], teacher).mean()),
+            "kl_to_teacher": measures.kl(teacher, split["test"]),
             **speed[name],
             "size_bytes": _size_bytes(sources[name].folder()),
         }
-    right = {name: split["test"].argmax(axis=1) == labels["test"] for name, split in logits.items()}
-    comparison = compare(
-        right["teacher"],
-        right["student"],
-        right.get("control"),
+    comparison = measures.compare(
+        labels["test"],
+        {name: split["test"] for name, split in logits.items()},
         resamples=config.evaluate.bootstrap,
         seed=config.evaluate.seed,
     )

@@ -32,6 +32,7 @@ from raydistill.models import (
     count_parameters,
     load_classifier,
     save_classifier,
+    set_task,
     shape_of,
     start_classifier,
 )
@@ -114,6 +115,7 @@ class _Worker:
         self.post, self.stopped = post, stopped
         self.checkpoints = Checkpoints(self.store, job.folder, job.fingerprint)
         self.model, self.tokenizer = build_model(job)
+        set_task(self.model, job.config.task)
         if self.device.type == "cpu" and job.config.data.max_length <= EAGER_LENGTH:
             self.model.set_attn_implementation("eager")
         self.lora = job.config.student.lora if job.role != "teacher" else None

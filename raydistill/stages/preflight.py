@@ -10,7 +10,7 @@ from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import ModelSource, check_length, find_model, label_order, refuse_adapter
+from raydistill.models import ModelSource, check_length, check_task, find_model, label_order, refuse_adapter
 from raydistill.record.run import Run
 from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
@@ -36,6 +36,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     check_length("the teacher", folder, config.data.max_length)
     if config.teacher.fine_tune is None:
         label_order("teacher.model", folder, labels)
+        check_task("teacher.model", folder, config.task)
     elif run.lender and run.plan("teacher") is None:
         raise UserError(
             "teacher.fine_tune: the run in teacher.cache_from did not fine-tune its teacher. Remove the section"

@@ -10,10 +10,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
+from zlib import crc32
 
 from raydistill.config import Config
 from raydistill.data.duplicates import TextIndex
-from raydistill.data.shards import NO_LABEL, SPLITS, ShardWriter
+from raydistill.data.labels import Label, LabelNumbers
+from raydistill.data.shards import SPLITS, ShardWriter
 from raydistill.data.sources import Columns, Dropped, Row, Source, find_sources, read_rows
 from raydistill.data.splits import Survey, ValidationDraw, survey
 from raydistill.errors import UserError
@@ -30,7 +32,7 @@ class Surveyed:
     sources: dict[str, Source]
     found: dict[str, Survey]
     labels: list[str]
-    validation_rows: dict[str, int]  # by label, when validation is a share of train
+    validation_rows: dict[Label, int]  # by label, when validation is a share of train
 
     @property
     def rows(self) -> dict[str, int]:
@@ -72,7 +74,7 @@ def prepare(config: Config, run: Run, surveyed: Surveyed | None, progress: Progr
     facts = {
         "labels": surveyed.labels,
         "rows": surveyed.rows,
-        "rows_by_label": {split: dict(sorted(found.labels.items())) for split, found in surveyed.found.items()},
+        "rows_by_label": {split: dict(sorted(found.by_name.items())) for split, found in surveyed.found.items()},
         "dropped": {split: dict(sorted(found.dropped.items())) for split, found in surveyed.found.items()},
         "repeated": report,
         "files": surveyed.files,
@@ -107,14 +109,15 @@ def survey_sources(config: Config, progress: Progress) -> Surveyed:
     for split, source in sources.items():
         found[split] = survey(source, columns_of(config, split), config.data.max_dropped)
         progress.check()
-    labels = sorted(found["train"].labels)
+    labels = sorted(found["train"].by_name)
     if len(labels) < 2:
         raise UserError(
-            f"data.train: {sources['train'].files[0]}: has one class only ({labels[0]!r}). Two are needed at least"
+            f"data.train: {sources['train'].files[0]}: has"
+            f" {f'one class only ({labels[0]!r})' if labels else 'no class at all'}. Two are needed at least"
         )
     for split in splits[1:]:
         _check_labels(sources[split], found[split], labels)
-    drawn: dict[str, int] = {}
+    drawn: dict[Label, int] = {}
     if not isinstance(config.data.validation, str):
         drawn = ValidationDraw(found["train"].labels, config.data.validation, config.data.split_seed).rows
         if not sum(drawn.values()):
@@ -130,7 +133,8 @@ def columns_of(config: Config, split: str) -> Columns:
     data = config.data
     label = None if split == "unlabelled" else data.label
     keeps = data.keep_unlabelled and split == "train"
-    return Columns(data.text, label, data.delimiter, data.max_row_bytes, keeps)
+    separator = data.label_separator if config.task == "multi_label" else None
+    return Columns(data.text, label, data.delimiter, data.max_row_bytes, keeps, separator)
 
 
 def _find(config: Config, split: str) -> Source:
@@ -139,10 +143,10 @@ def _find(config: Config, split: str) -> Source:
 
 
 def _check_labels(source: Source, found: Survey, labels: list[str]) -> None:
-    unknown = sorted(set(found.labels) - set(labels))
+    unknown = sorted(set(found.by_name) - set(labels))
     if unknown:
         raise UserError(
-            f"{source.setting}: {source.files[0]}: label {unknown[0]!r} ({found.labels[unknown[0]]} rows) is not in"
+            f"{source.setting}: {source.files[0]}: label {unknown[0]!r} ({found.by_name[unknown[0]]} rows) is not in"
             f" train, which has {', '.join(labels[:8])}{' …' if len(labels) > 8 else ''}. Mend it or add rows"
         )
 
@@ -166,6 +170,7 @@ def _settings(config: Config) -> dict[str, Any]:
         **{f"data.{name}": getattr(config.data, name) for name in names},
         "data.validation": share,
         **({"data.keep_unlabelled": True} if config.data.keep_unlabelled else {}),
+        **({"data.label_separator": config.data.label_separator} if config.task == "multi_label" else {}),
     }
 
 
@@ -186,7 +191,7 @@ def _write(
                         f"{source.setting}: {source.files[row.file]}: changed while it was read. Use --redo prepare"
                     )
                 writers[target].add(row, number)
-                index.add(row.text, target, number)
+                index.add(row.text, target, number if isinstance(number, int) else crc32(number) >> 1)
                 done += 1
                 if done % 4096 == 0:
                     progress.check()
@@ -198,19 +203,19 @@ class _Places:
     """Which split each row goes to, with the number of its class."""
 
     def __init__(self, config: Config, surveyed: Surveyed) -> None:
-        self._numbers = {label: index for index, label in enumerate(surveyed.labels)}
+        self._numbers = LabelNumbers(surveyed.labels, sets=config.task == "multi_label")
         share, found = config.data.validation, surveyed.found["train"]
         self._draw = None if isinstance(share, str) else ValidationDraw(found.labels, share, config.data.split_seed)
         # Rows without a label come from train's files too, which then stand before the others'.
         self._files_before = len(surveyed.sources["train"].files) if found.unlabelled else 0
 
-    def of(self, split: str, row: Row) -> tuple[str, int | None, Row]:
-        """The split, the class's number (None for an unknown label) and the row with its place among the files."""
+    def of(self, split: str, row: Row) -> tuple[str, int | bytes | None, Row]:
+        """The split, the label as shards hold it (None for an unknown one), the row with its place among the files."""
+        number = self._numbers.of(row.label)
         if split == "unlabelled":
-            return split, NO_LABEL, replace(row, file=row.file + self._files_before)
+            return split, number, replace(row, file=row.file + self._files_before)
         if row.label is None:
-            return "unlabelled", NO_LABEL, row
-        number = self._numbers.get(row.label)
+            return "unlabelled", number, row
         drawn = split == "train" and number is not None and self._draw is not None and self._draw.takes(row.label)
         return "validation" if drawn else split, number, row
 
@@ -220,8 +225,9 @@ def _writers(config: Config, run: Run, surveyed: Surveyed, fingerprint: str) -> 
     writers, first = {}, 0
     for split, rows in surveyed.rows.items():
         writers[split] = ShardWriter(
-            run.store, split, first_row_id=first, shard_rows=config.data.shard_rows, fingerprint=fingerprint
-        )
+            run.store, split, first_row_id=first, shard_rows=config.data.shard_rows, fingerprint=fingerprint,
+            classes=len(surveyed.labels) if config.task == "multi_label" else None,
+        )  # fmt: skip
         first += rows
     return writers, first
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from raydistill.config import (
+    KINDS_OF_SETS,
     LOSS_PARAMETERS,
     WITHOUT_TEMPERATURE,
     Config,
@@ -147,12 +148,15 @@ def resolve_precision(settings: Training, standing: Plan | None, resources: Reso
 def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelSource) -> TrainingJob:
     """The plan as what a worker is sent."""
     settings, _ = settings_of(config, role)
-    objective, courses = Objective(), {}
+    response = response_kind("forward_kl", config.task)
+    objective, courses = Objective(kind=response), {}
     if isinstance(settings, Train):
         smoothing = settings.loss.label_smoothing
-        objective = Objective(label_smoothing=smoothing)
+        objective = Objective(kind=response, label_smoothing=smoothing)
         if role == "student":
-            objective = replace(student_objective(settings.loss), features=feature_terms(config, source.folder()))
+            objective = replace(
+                student_objective(settings.loss, config.task), features=feature_terms(config, source.folder())
+            )
             courses = loss_courses(settings.loss)
     # A control has no teacher, in its choice of checkpoint neither.
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
@@ -169,14 +173,20 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
     )  # fmt: skip
 
 
-def student_objective(loss: Loss) -> Objective:
+def student_objective(loss: Loss, task: str = "classification") -> Objective:
     """The settings as what a student is trained with."""
     parameters = {name: value for name in LOSS_PARAMETERS if (value := getattr(loss, name)) is not None}
     return Objective(
-        temperature=1.0 if loss.kind in WITHOUT_TEMPERATURE else loss.temperature, alpha=loss.alpha, kind=loss.kind,
+        temperature=1.0 if loss.kind in WITHOUT_TEMPERATURE else loss.temperature, alpha=loss.alpha,
+        kind=response_kind(loss.kind, task),
         parameters=parameters, standardise=loss.standardise, label_smoothing=loss.label_smoothing,
         hard_targets=loss.hard_targets, always_response=loss.alpha_end is not None,
     )  # fmt: skip
+
+
+def response_kind(kind: str, task: str) -> str:
+    """The name of a kind of loss in losses/registry.py: sets of labels have their own."""
+    return KINDS_OF_SETS[kind] if task == "multi_label" else kind
 
 
 def loss_courses(loss: Loss) -> dict[str, Course]:

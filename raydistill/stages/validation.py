@@ -10,22 +10,28 @@ import torch.distributed as dist
 
 from raydistill.data.loader import Batch, Split
 from raydistill.engine import Engine
+from raydistill.losses.multilabel import binary_cross_entropy_sum, binary_kl_sum
 from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
 
 VALIDATION_TOKENS = {"cpu": 2048, "cuda": 65_536}
+SCALARS = 4
 
 
 def validation_metrics(engine: Engine, split: Split, *, classes: int) -> dict[str, float]:
     """Accuracy, macro F1 and NLL; with a cache also KL to the teacher, at temperature 1, and agreement with it.
 
-    Batches are dealt to the ranks in turn; a rank that runs out repeats its last batch without counting it, because
-    under ZeRO-3 every rank takes part in every forward pass.
+    Where rows have sets of labels also micro F1. Accuracy and agreement are then of whole sets, a class is predicted
+    where its logit is above 0, and NLL and KL are sums over classes. Batches are dealt to the ranks in turn; a rank
+    that runs out repeats its last batch without counting it, because under ZeRO-3 every rank takes part in every
+    forward pass.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    sums = torch.zeros(3 + 3 * classes, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(SCALARS + 3 * classes, dtype=torch.float64, device=engine.device)
     pending: list[Batch] = []
+    sets = False
     with engine.evaluation():
         for batch in split.length_batches(VALIDATION_TOKENS[engine.device.type]):
+            sets = batch.labels_N.ndim > 1
             pending.append(batch)
             if len(pending) == world:
                 sums += _sums(engine, pending[rank], classes)
@@ -34,28 +40,38 @@ def validation_metrics(engine: Engine, split: Split, *, classes: int) -> dict[st
             found = _sums(engine, pending[min(rank, len(pending) - 1)], classes)
             sums += found if rank < len(pending) else 0
     dist.all_reduce(sums)
-    nll, kl, agreed = sums[:3].tolist()
-    true, predicted, hits = sums[3:].reshape(3, classes)
+    nll, kl, agreed, right = (sums[:SCALARS] / split.rows).tolist()
+    true, predicted, hits = sums[SCALARS:].reshape(3, classes)
     present = (true + predicted) > 0
     values = {
-        "accuracy": float(hits.sum()) / split.rows,
-        "macro_f1": float((2 * hits / (true + predicted).clamp(min=1))[present].mean()),
-        "nll": nll / split.rows,
+        "accuracy": right,
+        "macro_f1": float((2 * hits / (true + predicted).clamp(min=1))[present].sum()) / max(1, int(present.sum())),
+        **({"micro_f1": float(2 * hits.sum() / (true + predicted).sum().clamp(min=1))} if sets else {}),
+        "nll": nll,
     }
-    return values | ({"kl": kl / split.rows, "agreement": agreed / split.rows} if split.has_teacher else {})
+    return values | ({"kl": kl, "agreement": agreed} if split.has_teacher else {})
 
 
 def _sums(engine: Engine, batch: Batch, classes: int) -> torch.Tensor:
-    """NLL, KL at temperature 1, agreements, then rows by true class, by predicted class, and hits by class."""
-    logits_NK = engine.logits(batch.inputs)
-    labels_N = batch.labels_N.to(engine.device)
-    predicted_N = logits_NK.argmax(dim=-1)
+    """NLL, KL at temperature 1, agreements, right rows, then rows by true class, by predicted class, hits by class."""
+    logits_NK, labels = engine.logits(batch.inputs), batch.labels_N.to(engine.device)
+    sets = labels.ndim > 1
+    predicted = logits_NK > 0 if sets else logits_NK.argmax(dim=-1)
     kl = agreed = torch.zeros((), device=engine.device)
     if batch.teacher is not None:
         teacher_NK = batch.teacher.to(engine.device).logits_NK
-        kl = forward_kl_sum(teacher_NK, logits_NK, temperature=1.0)
-        agreed = (predicted_N == teacher_NK.argmax(dim=-1)).sum()
-    scalars = torch.stack([cross_entropy_sum(logits_NK, labels_N), kl, agreed.float()])
-    hits_N = labels_N[predicted_N == labels_N]
-    counts = [torch.bincount(values, minlength=classes) for values in (labels_N, predicted_N, hits_N)]
+        kl = (binary_kl_sum if sets else forward_kl_sum)(teacher_NK, logits_NK, temperature=1.0)
+        agreed = _same_rows(predicted, teacher_NK > 0 if sets else teacher_NK.argmax(dim=-1))
+    nll = (binary_cross_entropy_sum if sets else cross_entropy_sum)(logits_NK, labels)
+    scalars = torch.stack([nll, kl, agreed.float(), _same_rows(predicted, labels).float()])
+    if sets:
+        counts = [labels.sum(dim=0), predicted.sum(dim=0), (labels * predicted).sum(dim=0)]
+    else:
+        counts = [torch.bincount(v, minlength=classes) for v in (labels, predicted, labels[predicted == labels])]
     return torch.cat([scalars.double(), *(c.double() for c in counts)])
+
+
+def _same_rows(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """In how many rows both say the same, of all classes where they have several."""
+    same = one == other
+    return (same.all(dim=-1) if same.ndim > 1 else same).sum()

@@ -13,6 +13,7 @@ import torch
 
 from raydistill.data.shards import DataShard
 from raydistill.data.tokens import pack_by_length, pad, tokenise
+from raydistill.losses.multilabel import binary_cross_entropy_sum
 from raydistill.students.blocks import Outlet
 from raydistill.students.importance import head_magnitudes, most_important, taylor, unit_magnitudes
 from raydistill.students.width import Kept, blocks_to_narrow, narrowed
@@ -64,7 +65,9 @@ def _taylor(teacher: Any, batches: Batches, outlets: list[Outlet]) -> list[list[
 
 
 def cross_entropy_sum(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """Against the rows' labels; a row without one (negative) has the teacher's most likely class."""
+    """Against the rows' labels, (N,) or sets of them (N, K); one that is not known (negative) is the teacher's own."""
+    if labels_N.ndim > 1:
+        return binary_cross_entropy_sum(logits_NK, torch.where(labels_N < 0, (logits_NK > 0).long(), labels_N))
     targets_N = torch.where(labels_N < 0, logits_NK.argmax(dim=1), labels_N)
     return torch.nn.functional.cross_entropy(logits_NK, targets_N, reduction="sum")
 
@@ -100,4 +103,7 @@ def drawn_rows(
         for batch in pack_by_length(tokens.lengths_N, TOKENS_PER_BATCH) if len(here) else []:
             of_batch = labels_N[torch.from_numpy(batch)]
             inputs = pad([tokens.row(int(row)) for row in batch], tokenizer.pad_token_id)
-            yield inputs, torch.where(of_batch < 0, of_batch, outputs[of_batch.clamp(min=0)])
+            if of_batch.ndim > 1:  # sets of labels: a column for each class
+                yield inputs, torch.empty_like(of_batch).index_copy_(1, outputs, of_batch)
+            else:
+                yield inputs, torch.where(of_batch < 0, of_batch, outputs[of_batch.clamp(min=0)])
