@@ -100,6 +100,21 @@ class Objective:
         every row weighs alpha in the response loss, and the cross-entropy's share falls with that of labelled rows.
         Raises ValueError when the teacher is needed and there is none.
         """
+        terms = self.terms(student_logits_NK, labels_N, teacher, student_features=student_features, mask_NL=mask_NL)
+        parts = {name: loss.detach() for name, (_, loss) in zip(self.part_names, terms, strict=True)}
+        total = terms[0][1] if len(terms) == 1 else sum(weight * loss for weight, loss in terms)
+        return torch.as_tensor(total), parts
+
+    def terms(
+        self,
+        student_logits_NK: torch.Tensor,
+        labels_N: torch.Tensor,
+        teacher: TeacherTargets | None,
+        *,
+        student_features: Sequence[Sequence[torch.Tensor]] = (),
+        mask_NL: torch.Tensor | None = None,
+    ) -> list[tuple[float, torch.Tensor]]:
+        """Every part's weight and its sum over rows before weighting, with gradient, in the order of `part_names`."""
         if self.needs_teacher and teacher is None:
             others = "hard_targets teacher" if self.hard_targets == "teacher" else "features"
             wants = f"alpha {self.alpha}" if self.has_response else others
@@ -108,20 +123,16 @@ class Objective:
             labels_N = self._labels_of(teacher)
         hard_loss = binary_cross_entropy_sum if self.response.multi_label else cross_entropy_sum
         cross_entropy = hard_loss(student_logits_NK, labels_N, label_smoothing=self.label_smoothing)
-        losses, weights = [cross_entropy], [1 - self.alpha]
+        terms = [(1 - self.alpha, cross_entropy)]
         if self.has_response:
             assert teacher is not None
-            losses.append(self._response(teacher, student_logits_NK, labels_N))
-            weights.append(self.alpha)
+            terms.append((self.alpha, self._response(teacher, student_logits_NK, labels_N)))
         if self.features:
             assert teacher is not None
             assert mask_NL is not None
             for term, theirs, ours in zip(self.features, teacher.features, student_features, strict=True):
-                losses.append(term.sum(theirs, ours, mask_NL))
-                weights.append(term.weight)
-        parts = {name: loss.detach() for name, loss in zip(self.part_names, losses, strict=True)}
-        total = losses[0] if len(losses) == 1 else sum(w * loss for w, loss in zip(weights, losses, strict=True))
-        return torch.as_tensor(total), parts
+                terms.append((term.weight, term.sum(theirs, ours, mask_NL)))
+        return terms
 
     def _response(
         self, teacher: TeacherTargets, student_logits_NK: torch.Tensor, labels_N: torch.Tensor

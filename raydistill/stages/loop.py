@@ -27,6 +27,7 @@ from raydistill.engine import Engine
 from raydistill.errors import UserError
 from raydistill.losses.courses import Course
 from raydistill.losses.objective import Objective
+from raydistill.losses.term_gradients import gradient_squares
 from raydistill.models import (
     ModelSource,
     count_parameters,
@@ -40,10 +41,11 @@ from raydistill.record.commit import commit_folder, read_manifest
 from raydistill.record.store import naming, open_store
 from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
-from raydistill.stages.curves import Curves
+from raydistill.stages.curves import WatchedCurves
 from raydistill.stages.meter import Meter
 from raydistill.stages.start import made_before, made_once, start_folders, train_rows
 from raydistill.stages.validation import validation_metrics
+from raydistill.stages.watch import Watch, watched_part
 from raydistill.students.build import build_student
 from raydistill.taught import FeatureTeacher, TaughtStudent, student_weights
 
@@ -140,8 +142,14 @@ class _Worker:
         self.per_pass = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
         self.per_epoch = steps_per_epoch(job.epoch_rows, job.settings.batch_size)
         self.total = self.per_epoch * job.settings.epochs
-        self.curves = Curves(self.store, job.folder, self.state.step) if self.rank == 0 else None
+        self.watched = watched_part(job.objective)
+        self.curves = None
+        if self.rank == 0:
+            settings = f"{self._section()}.learning_rate {job.settings.learning_rate:g}, precision {job.precision}"
+            watch = Watch(self.watched, settings, steady="temperature" not in job.courses) if self.watched else None
+            self.curves = WatchedCurves(self.store, job.folder, self.state.step, watch, post)
         self.meter = Meter(job.objective.part_names, self.device)
+        self.looks_at_gradients = False
 
     def _split(self, splits: tuple[str, ...]) -> Split:
         store = open_store(self.job.data_url)
@@ -196,6 +204,8 @@ class _Worker:
         objective = self.job.objective
         if self.job.courses:
             objective = replace(objective, **self._numbers(self.state.step))
+        due = self.state.step + 1
+        self.looks_at_gradients = due % self.settings.log_every == 0 or due % self.per_epoch == 0
         for batch in batches:
             loss, parts = self._loss(batch, objective)
             if batch.rows:
@@ -220,19 +230,29 @@ class _Worker:
             return sum((feature.sum() for feature in features), logits.sum()) * 0, {}
         labels = batch.labels_N.to(self.device)
         targets = batch.teacher.to(self.device) if batch.teacher and objective.needs_teacher else None
-        if not objective.features or targets is None:
-            return objective(logits, labels, targets)
-        if self.teacher is not None:
-            targets = replace(targets, features=self.teacher.features(batch.inputs))
-        ours, mask = self.model.grouped(features), batch.inputs["attention_mask"].to(self.device)
-        return objective(logits, labels, targets, student_features=ours, mask_NL=mask)
+        beside: dict[str, Any] = {}
+        if objective.features and targets is not None:
+            if self.teacher is not None:
+                targets = replace(targets, features=self.teacher.features(batch.inputs))
+            mask = batch.inputs["attention_mask"].to(self.device)
+            beside = {"student_features": self.model.grouped(features), "mask_NL": mask}
+        if self.looks_at_gradients:
+            self.meter.add_gradients(gradient_squares(objective, logits, labels, targets, **beside), batch.rows)
+        return objective(logits, labels, targets, **beside)
 
     def _report(self, rate: float) -> None:
         """Sums the last steps over all ranks, checks them and adds a point to the curves."""
         sums, seconds = self.meter.take()
+        squares = self.meter.take_gradients()
         dist.all_reduce(sums)
+        dist.all_reduce(squares)
         self._check_finite(sums)
-        values = self.meter.means(sums)
+        values = self.meter.means(sums) | self.meter.gradient_norms(squares)
+        notes: dict[str, Any] = {}
+        if self.watched:
+            peak, place = self.meter.peak(sums, self.watched)
+            values[f"{self.watched}_max"] = peak
+            notes[f"{self.watched}_max_step"] = self.state.step - len(sums) + place + 1
         values |= {
             "learning_rate": rate,
             **self._numbers(self.state.step - 1),
@@ -240,7 +260,7 @@ class _Worker:
             "rows_per_second": float(sums[:, Meter.ROWS].sum()) / max(seconds, 1e-9),
         }
         if self.curves:
-            self.curves.add(self.state.step, self.state.step / self.per_epoch, values)
+            self.curves.add(self.state.step, self.state.step / self.per_epoch, values, notes=notes)
         self.post({"step": self.state.step, **values})
 
     def _check_finite(self, sums: torch.Tensor) -> None:

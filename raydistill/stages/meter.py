@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -16,6 +18,7 @@ class Meter:
         self._rows: list[torch.Tensor] = []
         self._step = torch.zeros(len(self._names) + 1, dtype=torch.float64, device=device)
         self._seconds = 0.0
+        self._squares = torch.zeros(len(parts) + 1, dtype=torch.float64, device=device)
 
     @property
     def steps(self) -> int:
@@ -35,6 +38,27 @@ class Meter:
         sums, seconds = torch.stack(self._rows), self._seconds
         self._rows, self._seconds = [], 0.0
         return sums, seconds
+
+    def add_gradients(self, squares_P: torch.Tensor, rows: int) -> None:
+        """Adds a micro-batch's sums over rows of the parts' squared gradient norms, by `gradient_squares`."""
+        count = torch.tensor([float(rows)], dtype=torch.float64, device=self._device)
+        self._squares += torch.cat([squares_P.double(), count])
+
+    def take_gradients(self) -> torch.Tensor:
+        """The sums of `add_gradients` since the last call, and their rows."""
+        squares, self._squares = self._squares, torch.zeros_like(self._squares)
+        return squares
+
+    def gradient_norms(self, squares: torch.Tensor) -> dict[str, float]:
+        """A typical row's gradient norm (root of the mean square) by part; empty where no step was looked at."""
+        *found, rows = squares.tolist()
+        names = [f"grad_norm/{name}" for name in self._names[1:]]
+        return {n: math.sqrt(s / rows) for n, s in zip(names, found, strict=True)} if rows else {}
+
+    def peak(self, sums: torch.Tensor, part: str) -> tuple[float, int]:
+        """The largest of the steps' means of a part, and which step it is of, counted from 0."""
+        means = sums[:, self._names.index(part)] / sums[:, self.ROWS].clamp(min=1)
+        return float(means.max()), int(means.argmax())
 
     def means(self, sums: torch.Tensor) -> dict[str, float]:
         """Means per row over the steps: the loss and its parts."""

@@ -281,6 +281,8 @@ class _Reader:
         if "going_on_from" in update:
             self._first = update["going_on_from"]
             progress.say(f"{role}: going on from step {self._first:,}")
+        elif "warning" in update:
+            progress.say(f"{role}: warning: {update['warning']}")
         elif "steps" in update:
             self._total, self._per_epoch, self._started = update["steps"], update["per_epoch"], time.monotonic()
         elif "validation" in update:
