@@ -95,9 +95,11 @@ def test_a_student_is_as_wide_as_asked_and_as_its_sketch(teachers, shards, archi
     settings = {"layers": "uniform", "num_layers": 2, "feed_forward": 9, "importance": importance}
     settings |= {"num_heads": 2} if architecture == "qwen3" else {}
     student = built(teachers[architecture], shards if importance == "taylor" else None, **settings)
-    drawn = sketch(Student(**LAYERED, **settings), teachers[architecture])
-    assert {n: v.shape for n, v in drawn.state_dict().items()} == {n: v.shape for n, v in student.state_dict().items()}
-    assert next(drawn.parameters()).device.type == "meta"
+    skeleton = sketch(Student(**LAYERED, **settings), teachers[architecture])
+    assert {n: v.shape for n, v in skeleton.state_dict().items()} == {
+        n: v.shape for n, v in student.state_dict().items()
+    }
+    assert next(skeleton.parameters()).device.type == "meta"
     shapes = {tuple(parameter.shape) for parameter in student.parameters()}
     assert (9, 16) in shapes or (16, 9) in shapes
     assert not any(32 in shape for shape in shapes)
@@ -112,26 +114,27 @@ def test_all_units_and_layers_are_the_teacher(teachers, shards):
     assert torch.equal(outputs(student), outputs(load_classifier("x", teachers["qwen3"])))
 
 
-def expected_units(folder: Path, shards: list[DataShard], count: int) -> list[list[int]]:
-    """By the gradients of the outlets' columns, one row at a time."""
+def expected_parts(folder: Path, shards: list[DataShard], stack: str, outlet: str, parts: int) -> torch.Tensor:
+    """Importance (layers, parts) by the gradients of the outlets' columns, one row at a time."""
     teacher, tokenizer = load_classifier("x", folder).double(), load_tokenizer(folder, "x")
-    sums = torch.zeros(4, 32, dtype=torch.float64)
+    sums = torch.zeros(4, parts, dtype=torch.float64)
     for shard in shards:
         for text, label in zip(shard.texts, shard.labels_N, strict=True):
             encoded = tokenizer(text, truncation=True, max_length=32, return_tensors="pt")
             logits = teacher(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
             teacher.zero_grad()
             torch.nn.functional.cross_entropy(logits, torch.tensor([int(label)])).backward()
-            for number, layer in enumerate(teacher.bert.encoder.layer):
-                weight = layer.output.dense.weight
-                sums[number] += (weight.grad * weight).sum(dim=0).abs().detach()
-    return [sorted(sorted(range(32), key=lambda unit: -float(values[unit]))[:count]) for values in sums]
+            for number, layer in enumerate(teacher.get_submodule(stack)):
+                weight = layer.get_submodule(outlet).weight
+                sums[number] += (weight.grad * weight).T.reshape(parts, -1).sum(dim=1).abs().detach()
+    return sums
 
 
 def test_the_units_that_matter_to_the_rows_of_train_are_kept(teachers, shards):
     student = built(teachers["bert"], shards, layers=[1, 3], feed_forward=7)
     teacher = load_classifier("x", teachers["bert"])
-    units = expected_units(teachers["bert"], shards, 7)
+    found = expected_parts(teachers["bert"], shards, "bert.encoder.layer", "output.dense", 32)
+    units = [sorted(sorted(range(32), key=lambda unit: -float(values[unit]))[:7]) for values in found]
     for layer, place in zip(student.bert.encoder.layer, (1, 3), strict=True):
         theirs = teacher.bert.encoder.layer[place]
         assert torch.equal(layer.intermediate.dense.weight, theirs.intermediate.dense.weight[units[place]])
@@ -140,6 +143,20 @@ def test_the_units_that_matter_to_the_rows_of_train_are_kept(teachers, shards):
         assert torch.equal(layer.output.dense.bias, theirs.output.dense.bias)
     again = built(teachers["bert"], shards, layers=[1, 3], feed_forward=7)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+
+
+def test_of_heads_that_share_keys_and_values_as_many_are_kept(teachers, shards):
+    student = built(teachers["qwen3"], shards, layers=[0, 1, 2, 3], num_heads=2)
+    teacher = load_classifier("x", teachers["qwen3"])
+    found = expected_parts(teachers["qwen3"], shards, "model.layers", "self_attn.o_proj", 4)
+    assert not all(set(values.topk(2).indices.tolist()) & {0, 1} for values in found)  # two of one pair
+    for layer, theirs, values in zip(student.model.layers, teacher.model.layers, found, strict=True):
+        heads = [int(values[:2].argmax()), 2 + int(values[2:].argmax())]
+        places = [4 * head + place for head in heads for place in range(4)]
+        assert torch.equal(layer.self_attn.q_proj.weight, theirs.self_attn.q_proj.weight[places])
+        assert torch.equal(layer.self_attn.o_proj.weight, theirs.self_attn.o_proj.weight[:, places])
+        assert torch.equal(layer.self_attn.k_proj.weight, theirs.self_attn.k_proj.weight)
+        assert torch.equal(layer.self_attn.v_proj.weight, theirs.self_attn.v_proj.weight)
 
 
 def rows_drawn(shards: list[DataShard], count: int, seed: int, order: list[int]) -> list[tuple[Any, int]]:
@@ -182,6 +199,19 @@ def test_a_row_without_a_label_has_the_teachers_class():
     logits = torch.tensor([[0.0, 2.0], [3.0, 1.0]])
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([0, 0]), reduction="sum")
     assert torch.equal(cross_entropy_sum(logits, torch.tensor([0, -100])), expected)
+
+
+def test_sets_of_labels_are_put_in_the_order_of_the_outputs():
+    sets = np.array([[1, 0, 1], [0, 0, 1], [-100, 1, 0]], np.int8)
+    shard = DataShard("train-00000", np.arange(3), ["1", "2", "3"], sets)
+    drawn = dict(rows_drawn([shard], 3, 0, [2, 0, 1]))  # the first label is the last output
+    assert drawn == {1: [0, 1, 1], 2: [0, 1, 0], 3: [1, 0, -100]}
+    logits = torch.tensor([[0.5, -1.0, 2.0], [-0.5, 3.0, -2.0]])
+    terms = [[(1, 0.5), (0, -1.0), (1, 2.0)], [(0, -0.5), (1, 3.0), (0, -2.0)]]
+    expected = sum(np.log1p(np.exp(-logit if yes else logit)) for row in terms for yes, logit in row)
+    # The last entry of each row is not known: the teacher says yes to the one and no to the other.
+    labels = torch.tensor([[1, 0, -100], [0, 1, -100]])
+    assert float(cross_entropy_sum(logits, labels)) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_layers_that_do_not_fit_and_other_sizes_are_found_without_weights(teachers, tmp_path: Path):
@@ -264,6 +294,16 @@ def test_a_narrower_student_with_a_trimmed_vocabulary_and_feature_losses(runs):
     config = json.loads((folder / "student/config.json").read_text())
     assert config["intermediate_size"] == 24
     assert config["vocab_size"] < 200
+
+
+@small_runs
+def test_a_narrower_student_takes_adapters(runs):
+    folder, answer = runs.trained({"student": {**NARROW, "lora": {"rank": 2}}})
+    assert answer["error"] is None
+    start, student = (load_file(folder / place / "model.safetensors") for place in ("train/start", "student"))
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert student[name].shape == start[name].shape == (16, 24)
+    assert torch.linalg.matrix_rank(student[name] - start[name], atol=1e-6) == 2
 
 
 @small_runs
