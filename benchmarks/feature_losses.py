@@ -3,7 +3,8 @@
 Forward and backward, ours and the formula as one would write it in a line or two of torch, in turns on the same inputs;
 the table has the medians, their ratio, and the largest memory beyond the inputs in multiples of the inputs' size. The
 plain formulas multiply by the mask, so a NaN in the padding reaches them. Exits with 1 when a loss and its formula
-disagree by more than 1e-3. On a CPU the memory is read from torch's profiler, which may write to stderr.
+disagree by more than 1e-3, and with --limit when a loss takes more than 1.05 times the formula's time or allocates more
+than twice its inputs. On a CPU the memory is read from torch's profiler, which may write to stderr.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from raydistill.losses.features import attention_kl_sum, attention_mse_sum, hidden_cosine_sum, hidden_mse_sum
 from raydistill.losses.relations import relation_kl_sum, rkd_angle_sum, rkd_distance_sum
 
+MOST_TIME, MOST_MEMORY = 1.05, 2.0
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -165,6 +167,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit", action="store_true")
     arguments = parser.parse_args()
     print(f"{'loss':<14}{'ours ms':>10}{'plain ms':>10}{'ratio':>8}{'ours memory':>14}{'plain memory':>14}")
     wrong: list[str] = []
@@ -177,6 +180,8 @@ def main() -> None:
         times = [(case.seconds(case.ours), case.seconds(case.plain)) for _ in range(arguments.repeats)]
         medians = [statistics.median(column) for column in zip(*times, strict=True)]
         memory = [case.extra_memory(loss) for loss in (case.ours, case.plain)]
+        if arguments.limit and (medians[0] > MOST_TIME * medians[1] or memory[0] > MOST_MEMORY):
+            wrong.append(f"{case.name}: {medians[0] / medians[1]:.2f} times the time, {memory[0]:.1f} times the inputs")
         print(
             f"{case.name:<14}{1000 * medians[0]:>10.3f}{1000 * medians[1]:>10.3f}{medians[0] / medians[1]:>8.2f}"
             f"{memory[0]:>13.1f}x{memory[1]:>13.1f}x",

@@ -268,6 +268,9 @@ class Student(Section):
     max_positions: int | None = Added(
         None, ge=2, le=1 << 20, description="tokens that its table of absolute positions is cut to; absent: all it has"
     )
+    embedding_size: int | None = Added(
+        None, ge=1, le=1 << 16, description="of tables that a projection makes as wide as the layers; absent: as wide"
+    )
     lora: Lora | None = Added(None, description="adapters are trained; absent: every weight is")
 
     @model_validator(mode="after")

@@ -362,15 +362,33 @@ def test_the_cost_of_features_by_hand():
     ]
 
 
-def test_maps_of_another_number_of_heads_are_kept_as_their_mean(runs):
+def test_maps_of_another_number_of_heads_are_kept_as_their_mean(runs, made):
     changes = {**CACHED, "student.num_heads": 4, "train.loss.features": [{"kind": "attention_mse"}]}
     folder = taught(runs, changes)
     trained(runs, folder, changes)
     facts = json.loads((folder / "teacher/features/MANIFEST.json").read_text())["facts"]
     assert facts["features"] == [{"axes": "ALL", "name": f"attention_mean.{layer}", "size": 1} for layer in (0, 1)]
     beside, _ = runs.trained({**changes, "train.loss.features_from": "teacher"})
-    for ours, theirs in zip(points(folder), points(beside), strict=True):
-        assert ours["attention_mse"] == pytest.approx(theirs["attention_mse"], rel=0.01, abs=1e-7)
+    # Maps that are kept whole serve as well.
+    borrower = runs.folder / "borrower-of-maps"
+    lent = {**changes, "teacher.cache_from": str(made["float16"])}
+    answer = runs.run(borrower, "teach", "train", changes=lent)
+    assert (answer["error"], answer["scored"]) == (None, [])
+    for run in (folder, borrower):
+        for ours, theirs in zip(points(run), points(beside), strict=True):
+            assert ours["attention_mse"] == pytest.approx(theirs["attention_mse"], rel=0.01, abs=1e-7)
+
+
+def test_unlabelled_rows_have_features_too(runs):
+    texts = (runs.input / "test.csv").read_text().splitlines()
+    (runs.folder / "unlabelled.csv").write_text("\n".join(texts))
+    changes = {**CACHED, "data.unlabelled": str(runs.folder / "unlabelled.csv")}
+    folder = runs.start("prepare")
+    answer = runs.run(folder, "prepare", "teach", "train", changes=changes)
+    assert answer["error"] is None, answer["error"]
+    kept = sorted(path.name for path in (folder / "teacher/features").glob("*.parquet"))
+    assert kept == [*TRAIN_SHARDS, "unlabelled-00000.parquet", "unlabelled-00001.parquet"]
+    assert all(point["hidden_mse"] > 0 for point in points(folder))
 
 
 def test_names_say_what_is_kept():

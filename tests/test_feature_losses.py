@@ -414,11 +414,23 @@ def test_relation_between_rows_leaves_the_teacher_alone(name: str):
 
 def test_angles_are_taken_in_blocks_without_a_difference(monkeypatch: pytest.MonkeyPatch):
     teacher, student = random(7, 4, seed=1), random(7, 3, seed=2)
-    together = rkd_angle_sum(teacher, student).item(), gradient(lambda s: rkd_angle_sum(teacher, s), student)
-    monkeypatch.setattr(relations, "MAX_DIRECTION_ELEMENTS", 100)  # two vertices at a time, the last alone
-    assert rkd_angle_sum(teacher, student).item() == pytest.approx(together[0], rel=1e-6)
-    slope = gradient(lambda s: rkd_angle_sum(teacher, s), student)
-    torch.testing.assert_close(slope, together[1], rtol=1e-5, atol=1e-7)
+    found = []
+    for tensors in (0.01, 0.5, 6.0):  # all vertices together; two at a time, the last alone; one at a time
+        monkeypatch.setattr(relations, "ANGLE_TENSORS", tensors)
+        found.append((rkd_angle_sum(teacher, student).item(), gradient(lambda s: rkd_angle_sum(teacher, s), student)))
+    for loss, slope in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        torch.testing.assert_close(slope, found[0][1], rtol=1e-5, atol=1e-7)
+
+
+def test_angles_of_rows_that_are_close_for_their_length_are_exact():
+    # Float32 holds 0.004 between numbers near 50,000: these rows are exact, and products of theirs would not be.
+    offset = torch.tensor([50_000.0, -30_000.0, 40_000.0])
+    teacher, near = random(5, 3, seed=1), torch.tensor([[0, 0, 0], [4, 0, 1], [0, 3, 2], [1, 5, 0], [2, 2, 7]]) / 128
+    expected = rkd_angle_oracle(teacher.double(), near.double())
+    assert rkd_angle_sum(teacher, near + offset).item() == pytest.approx(expected, rel=1e-6)
+    slopes = [gradient(lambda s: rkd_angle_sum(teacher, s), rows) for rows in (near, near + offset)]
+    torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-4, atol=1e-5)
 
 
 def test_mean_pool_is_the_mean_of_the_real_tokens():

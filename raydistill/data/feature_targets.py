@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from raydistill.cache.feature_shards import FeatureShard
-from raydistill.losses.cached_features import names_of_term
+from raydistill.losses.cached_features import names_of_term, serving
 from raydistill.losses.feature_objective import FeatureTerm
 from raydistill.record.commit import Manifest, read_manifest
 from raydistill.record.store import Store
@@ -46,7 +46,14 @@ def cached_features(store: Store, terms: Sequence[FeatureTerm]) -> CachedFeature
         return None
     manifest = read_manifest(store, FOLDER)
     assert manifest is not None
-    return CachedFeatures(manifest, tuple(names_of_term(term) for term in terms))
+    kept = {feature["name"] for feature in manifest.facts["features"]}
+    return CachedFeatures(manifest, tuple(tuple(_served(name, kept) for name in names_of_term(t)) for t in terms))
+
+
+def _served(name: str, kept: set[str]) -> str:
+    found = serving(name, kept)
+    assert found is not None, f"{name} is not in the cache, which was not found before the workers started"
+    return found
 
 
 def _padded(name: str, rows: Sequence[tuple[FeatureShard, int]], longest: int) -> torch.Tensor:

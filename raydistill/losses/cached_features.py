@@ -4,12 +4,12 @@ A row's features are kept for its real tokens alone. Queries, keys and values ar
 relations that the losses make of them: a token's vector has W numbers, its relations R L with R relation heads, so
 that vectors are the smaller ones for rows longer than W / R (32 to 64 tokens), at most a few times larger for shorter
 ones, and serve any number of relation heads. Of attention maps the mean over the heads is kept where the student has
-another number of heads, because the losses then compare means.
+another number of heads, because the losses then compare means; they make them themselves of maps that are kept whole.
 
 Shapes: N rows, L tokens, W width, A attention heads.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,12 @@ def names_of_term(term: FeatureTerm) -> tuple[str, ...]:
 def all_names(terms: Iterable[FeatureTerm]) -> tuple[str, ...]:
     """Every name that the terms take, once each, in alphabetical order."""
     return tuple(sorted({name for term in terms for name in names_of_term(term)}))
+
+
+def serving(name: str, kept: Collection[str]) -> str | None:
+    """Which of the kept features serves as this one: itself, or the maps whose mean it is; None where none does."""
+    maps = name.replace("attention_mean.", "attention.")
+    return name if name in kept else maps if maps in kept else None
 
 
 def axes_of(name: str) -> Axes:

@@ -19,8 +19,9 @@ from raydistill.losses.token_mask import real_tokens, token_counts
 LARGEST_COMPONENT = 1e15
 # ... and stay far from the score of a padded key, which is finite so that its difference is too.
 PADDED_SCORE = -1e36
-# The angles are computed for as many vertices at a time as keep a tensor of directions below this (64 MiB).
-MAX_DIRECTION_ELEMENTS = 1 << 24
+# The angles are computed for as many vertices at a time as keep their tensors together half as small as the inputs.
+# Three live at a time, in float64: as six in float32.
+ANGLE_TENSORS = 12.0
 
 
 def relation_kl_sum(
@@ -100,7 +101,9 @@ class _RelationKL(torch.autograd.Function):
         loss_sum = torch.zeros((), device=student_NLW.device)
         # Four tensors of scores live at a time; together they are held to about half the size of the inputs.
         scores_per_head = max(1, 8 * rows * length * length)
-        step = max(1, min(heads, (student_NLW.numel() + teacher_NLV.numel()) // scores_per_head))
+        # And the vectors are copied: half of the heads at most, so that the copies are half the inputs at most.
+        most = -(-heads // 2)
+        step = max(1, min(most, (student_NLW.numel() + teacher_NLV.numel()) // scores_per_head))
         with torch.autocast(student_NLW.device.type, enabled=False):
             for first in range(0, heads, step):
                 last = min(first + step, heads)
@@ -145,39 +148,38 @@ def _relations(
 
 
 class _AngleHuber(torch.autograd.Function):
-    """The loss and its gradient, some vertices (C) at a time."""
+    """The loss and its gradient, some vertices (C) at a time, from the squared distances between rows (NN) alone.
+
+    A cosine is (a_j + a_k - d_jk) / (2 sqrt(a_j a_k)), a the squared distances from the vertex and d those between the
+    others. In float64, where what cancels in it is below float32's own rounding of the rows.
+    """
 
     @staticmethod
     def forward(ctx: Any, student_NW: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
         rows = student_NW.shape[0]
         needs_gradient = ctx.needs_input_grad[0]
-        student, scale = _scaled(student_NW)
-        teacher, _ = _scaled(teacher_NV)
-        gradient_NW = torch.zeros_like(student)
-        loss_sum = torch.zeros((), device=student_NW.device)
+        student_NN, teacher_NN = _squared_distances(student_NW), _squared_distances(teacher_NV)
+        slopes_NN = torch.zeros_like(student_NN)
+        loss_sum = torch.zeros((), device=student_NW.device, dtype=torch.float64)
+        step = max(1, int((student_NW.numel() + teacher_NV.numel()) / (ANGLE_TENSORS * rows**2)))
+        for first in range(0, rows, step):
+            vertices = slice(first, first + step)
+            teacher_CNN, _ = _cosines(teacher_NN, vertices)
+            student_CNN, inverse_CN = _cosines(student_NN, vertices)
+            difference_CNN = torch.sub(student_CNN, teacher_CNN, out=teacher_CNN)
+            # Its slope is the difference cut to -1 and 1, and slope * (difference - slope / 2) the Huber loss.
+            huber_CNN = difference_CNN.clamp(-1.0, 1.0)
+            loss_sum += difference_CNN.sub_(huber_CNN, alpha=0.5).mul_(huber_CNN).sum()
+            if needs_gradient:
+                along_CN = student_CNN.mul_(huber_CNN).sum(dim=2).mul_(inverse_CN.square())
+                huber_CNN.mul_(inverse_CN[:, :, None]).mul_(inverse_CN[:, None, :])
+                slopes_NN.sub_(huber_CNN.sum(dim=0), alpha=0.5)
+                slopes_NN[vertices] += huber_CNN.sum(dim=2).sub_(along_CN)
+        del student_NN, teacher_NN
         weight = 1 / ((rows - 1) * (rows - 2))
-        step = max(1, MAX_DIRECTION_ELEMENTS // (rows * max(rows, student.shape[1], teacher.shape[1])))
-        with torch.autocast(student_NW.device.type, enabled=False):
-            for first in range(0, rows, step):
-                vertices = slice(first, first + step)
-                teacher_CNV, _ = _directions(teacher, vertices)
-                student_CNW, norms_CN1 = _directions(student, vertices)
-                difference_CNN = torch.bmm(student_CNW, student_CNW.mT)
-                difference_CNN.baddbmm_(teacher_CNV, teacher_CNV.mT, alpha=-1)
-                difference_CNN.diagonal(dim1=1, dim2=2).zero_()
-                # Its slope is the difference cut to -1 and 1, and slope * (difference - slope / 2) the Huber loss.
-                slopes_CNN = difference_CNN.clamp(-1.0, 1.0)
-                loss_sum += difference_CNN.sub_(slopes_CNN, alpha=0.5).mul_(slopes_CNN).sum()
-                if not needs_gradient:
-                    continue
-                # The cosines are symmetric, so that a direction gets each slope twice.
-                pull_CNW = torch.bmm(slopes_CNN, student_CNW).mul_(2 * weight)
-                along_CN1 = (pull_CNW * student_CNW).sum(dim=2, keepdim=True)
-                pull_CNW.addcmul_(student_CNW, along_CN1, value=-1).mul_(_inverse(norms_CN1))
-                gradient_NW += pull_CNW.sum(dim=0)
-                gradient_NW[vertices] -= pull_CNW.sum(dim=1)
-        ctx.save_for_backward(gradient_NW.div_(scale))
-        return loss_sum * weight
+        if needs_gradient:
+            ctx.save_for_backward(_through_distances(student_NW, slopes_NN.mul_(weight)))
+        return (loss_sum * weight).float()
 
     @staticmethod
     @once_differentiable
@@ -188,11 +190,44 @@ class _AngleHuber(torch.autograd.Function):
         return gradient_NW * grads[0], None
 
 
-def _directions(vectors_NW: torch.Tensor, vertices: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit vectors from each of C vertices to all rows (CNW), 0 to one in the same place, and their lengths (CN1)."""
-    difference_CNW = vectors_NW[None] - vectors_NW[vertices, None]
-    norms_CN1 = torch.linalg.vector_norm(difference_CNW, dim=2, keepdim=True)
-    return difference_CNW.mul_(_inverse(norms_CN1)), norms_CN1
+def _columns(vectors_NW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The columns in eight parts, so that float64 copies stay smaller than the vectors."""
+    return vectors_NW.split(max(1, -(-vectors_NW.shape[1] // 8)), dim=1)
+
+
+def _squared_distances(vectors_NW: torch.Tensor) -> torch.Tensor:
+    """Between all rows, in float64 and by differences: 0 for rows that are equal. Shape: NN."""
+    rows = vectors_NW.shape[0]
+    total_NN = vectors_NW.new_zeros((rows, rows), dtype=torch.float64)
+    for part in _columns(vectors_NW):
+        part = part.double()
+        total_NN += torch.cdist(part, part, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    return total_NN
+
+
+def _cosines(squares_NN: torch.Tensor, vertices: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines of the angles between rows seen from each of C vertices (CNN), and 1 / distance from it (CN).
+
+    0 where a row is in the vertex's place, and between a row and itself.
+    """
+    legs_CN = squares_NN[vertices]
+    inverse_CN = _inverse(legs_CN.sqrt())
+    cosines_CNN = (legs_CN[:, :, None] + legs_CN[:, None, :]).sub_(squares_NN)
+    cosines_CNN.mul_(inverse_CN[:, :, None]).mul_(inverse_CN[:, None, :]).mul_(0.5)
+    cosines_CNN.diagonal(dim1=1, dim2=2).zero_()
+    return cosines_CNN, inverse_CN
+
+
+def _through_distances(vectors_NW: torch.Tensor, slopes_NN: torch.Tensor) -> torch.Tensor:
+    """The gradient by the vectors, float32, from that by their squared distances."""
+    slopes_NN = slopes_NN + slopes_NN.mT
+    sums_N1 = slopes_NN.sum(dim=1, keepdim=True)
+    gradient_NW = torch.empty_like(vectors_NW, dtype=torch.float32)
+    for part, target in zip(_columns(vectors_NW), _columns(gradient_NW), strict=True):
+        # From the mean, because only differences count and those of vectors far from 0 would cancel.
+        centred = part.double() - part.double().mean(dim=0)
+        target.copy_(torch.addmm(sums_N1 * centred, slopes_NN, centred, alpha=-1).mul_(2.0))
+    return gradient_NW
 
 
 def _inverse(values: torch.Tensor) -> torch.Tensor:

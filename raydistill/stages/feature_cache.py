@@ -11,7 +11,7 @@ from raydistill.cache.feature_shards import FeatureColumn
 from raydistill.config import Config
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
-from raydistill.losses.cached_features import all_names, axes_of
+from raydistill.losses.cached_features import all_names, axes_of, serving
 from raydistill.models import Shape, model_identity, shape_of
 from raydistill.record.commit import Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
@@ -59,7 +59,7 @@ def features_plan(config: Config, run: Run, data: Manifest, teacher_folder: Path
     names = needed
     if standing is not None and {**standing.inputs, "features": None} == {**inputs, "features": None}:
         _check_holds(run, standing, needed)
-        names = tuple(standing.inputs["features"]) if set(needed) <= set(standing.inputs["features"]) else needed
+        names = needed if _missing(standing, needed) else tuple(standing.inputs["features"])
     return Plan("features", {**inputs, "features": list(names)})
 
 
@@ -78,8 +78,12 @@ def check_lent_features(config: Config, run: Run, teacher_folder: Path) -> None:
     _check_holds(run, plan, needed)
 
 
+def _missing(standing: Plan, needed: tuple[str, ...]) -> list[str]:
+    return [name for name in needed if serving(name, standing.inputs["features"]) is None]
+
+
 def _check_holds(run: Run, standing: Plan, needed: tuple[str, ...]) -> None:
-    missing = [name for name in needed if name not in standing.inputs["features"]]
+    missing = _missing(standing, needed)
     if not missing or run.redo in ("prepare", "teach"):
         return
     where, have = run.home("features").where(PARTS["features"].folder), ", ".join(standing.inputs["features"])

@@ -52,7 +52,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         tokenizer = load_tokenizer(student, "student.model")
         check_length("the student", student, config.data.max_length)
     elif config.student.init == "config":
-        check_architecture(config.student.model_type)
+        check_architecture(config.student.model_type, config.student.embedding_size)
     if config.student.trim_vocabulary:
         check_trimmable(tokenizer)
     if config.student.init != "config":

@@ -13,6 +13,7 @@ import torch
 from raydistill.data.shards import DataShard
 from raydistill.data.tokens import load_tokenizer
 from raydistill.models import Shape, find_model, label_maps, label_order, load_classifier, shape_of, start_classifier
+from raydistill.students.factorised import factorised
 from raydistill.students.kept import (
     IMPORTANCE_ROWS,
     Batches,
@@ -41,13 +42,18 @@ def needs_rows(settings: Any) -> bool:
 def student_shape(settings: Any, teacher_folder: Path) -> Shape:
     """The shape that the `student` section asks for."""
     if settings.init == "pretrained":
-        return shape_of(find_model("student.model", settings.model, settings.revision))
+        return _factorised_shape(settings, shape_of(find_model("student.model", settings.model, settings.revision)))
     if settings.init == "config":
         heads = settings.num_heads or max(1, settings.hidden_size // 64)
         return Shape(settings.model_type, settings.num_layers, heads, settings.hidden_size)
     teacher = shape_of(teacher_folder)
     layers = chosen_layers(settings.layers, settings.num_layers, teacher.layers)
-    return replace(teacher, layers=len(layers), heads=settings.num_heads or teacher.heads)
+    heads = settings.num_heads or teacher.heads
+    return _factorised_shape(settings, replace(teacher, layers=len(layers), heads=heads))
+
+
+def _factorised_shape(settings: Any, shape: Shape) -> Shape:
+    return shape if settings.embedding_size is None else replace(shape, model_type="deberta-v2")
 
 
 def build_student(
@@ -81,6 +87,8 @@ def build_student(
         student = with_tokens(student, kept, pad_id=tokenizer.pad_token_id)
     if settings.max_positions is not None:
         student = with_positions(student, settings.max_positions)
+    if settings.embedding_size is not None:
+        student = factorised(student, settings.embedding_size)
     return student, tokenizer
 
 

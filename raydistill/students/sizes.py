@@ -11,16 +11,22 @@ FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "n_inner")
 MIN_POSITIONS = 128
 
 
-def check_architecture(model_type: str) -> None:
-    """Raises UserError when transformers has no such architecture."""
+def check_architecture(model_type: str, embedding_size: int | None = None) -> None:
+    """Raises UserError when transformers has no such architecture, or it has no embeddings of a size of their own."""
     from transformers import AutoConfig
 
     try:
-        AutoConfig.for_model(model_type)
+        known = AutoConfig.for_model(model_type)
     except ValueError:
         raise UserError(
             f"student.model_type: transformers knows no {model_type!r}. Use bert, distilbert, roberta …"
         ) from None
+    # DeBERTa-v2 reads the size from its configuration, which has no default for it.
+    if embedding_size is not None and model_type != "deberta-v2" and not hasattr(known, "embedding_size"):
+        raise UserError(
+            f"student.embedding_size: found {embedding_size}, and {model_type!r} has no size of its own for embeddings."
+            " Use model_type deberta-v2, electra or albert, or remove it"
+        )
 
 
 def student_from_config(settings: Any, tokenizer: Any, labels: list[str], max_length: int) -> Any:
@@ -60,6 +66,8 @@ def _sizes(settings: Any, known: Any, tokenizer: Any, max_length: int) -> dict[s
     }
     if unknown := [name for name in sizes if not hasattr(known, name)]:
         raise ValueError(f"it has no {unknown[0]}")
+    if settings.embedding_size is not None:
+        sizes["embedding_size"] = settings.embedding_size
     # Left at its default, it may be more than there are heads.
     return sizes | ({"num_key_value_heads": heads} if hasattr(known, "num_key_value_heads") else {})
 

@@ -9,6 +9,7 @@ import torch
 
 from raydistill.data.tokens import load_tokenizer
 from raydistill.models import empty_classifier, find_model
+from raydistill.students.factorised import factorised
 from raydistill.students.sizes import student_from_config
 from raydistill.students.sketch import sketch
 from raydistill.students.tables import with_positions, with_tokens
@@ -28,4 +29,6 @@ def student_skeleton(settings: Any, *, teacher_folder: Path, labels: list[str], 
         student = sketch(settings, folder) if settings.init == "teacher_layers" else empty_classifier(setting, folder)
         if settings.trim_vocabulary:
             student = with_tokens(student, list(range(student.config.vocab_size - 1)), pad_id=0)
-        return with_positions(student, settings.max_positions) if settings.max_positions else student
+        if settings.max_positions is not None:
+            student = with_positions(student, settings.max_positions)
+        return student if settings.embedding_size is None else factorised(student, settings.embedding_size)

@@ -106,7 +106,7 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
 
     @contextlib.contextmanager
     def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
-        yield Resources(cpus=1, gpus=0, node_cpus=1)
+        yield Resources(cpus=config.train.workers, gpus=0, node_cpus=config.train.workers)
 
     def map_shards(jobs: Any, tasks: list[dict[str, Any]], share: Any, progress: Progress) -> Iterator[dict[str, Any]]:
         actor = scoring.ScoringActor(jobs, 1)
@@ -115,9 +115,12 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
             yield {name: values[0] for name, values in actor({name: [task[name]] for name in task}).items()}
 
     def fit(job: TrainingJob, *_: Any) -> None:
+        if job.settings.workers > 1:
+            return fit_ranks(job, record)
         if not dist.is_initialized():  # one for all trainings of a run: DeepSpeed keeps the groups that it made
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         run_training(job, post=record.posts.append, stopped=lambda: False)
+        return None
 
     def time_models(sources: Any, config: Config, *_: Any) -> dict[str, dict[str, float]]:
         dtype, length = config.evaluate.dtype, config.data.max_length
@@ -131,6 +134,29 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
     pipeline.run_stages(
         settings, tuple(request["stages"]), Progress(record.said.append), redo=request.get("redo") or None
     )
+
+
+def fit_ranks(job: TrainingJob, record: Record) -> None:
+    """A run's one training, in as many ranks as it has workers: this process is rank 0, the others are forked here."""
+    world, others = job.settings.workers, []
+    with tempfile.TemporaryDirectory() as meeting:
+
+        def train(rank: int, post: Callable[[dict[str, Any]], None]) -> None:
+            dist.init_process_group("gloo", init_method=f"file://{meeting}/file", rank=rank, world_size=world)
+            run_training(job, post=post, stopped=lambda: False)
+            dist.destroy_process_group()
+
+        for rank in range(1, world):
+            others.append(os.fork())
+            if others[-1] == 0:
+                try:
+                    train(rank, lambda update: None)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+        train(0, record.posts.append)
+        assert not any(os.waitpid(other, 0)[1] for other in others), "another rank failed"
 
 
 def score_again(request: dict[str, Any], record: Record) -> None:
