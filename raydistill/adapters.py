@@ -140,6 +140,19 @@ def merged(adapted: Any) -> Any:
     return adapted.merge_and_unload()
 
 
+def whole(model: Any) -> Any:
+    """The model with any adapters in it added to their layers' weights: a start for adapters of its own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in layers:
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    if layers:
+        del model.peft_config  # peft's note that there are some
+    return model
+
+
 def save_adapter(adapted: Any, folder: Path, *, base: str) -> None:
     """Writes an adapter's two files, which name the folder of the model that they go on; the same bytes each time."""
     from peft import get_peft_model_state_dict

@@ -19,6 +19,7 @@ from raydistill.errors import UserError
 from raydistill.models import ModelSource, count_parameters, label_order, load_classifier, weight_files
 from raydistill.record.commit import read_manifest
 from raydistill.record.store import LocalStore
+from raydistill.stages.adapted import with_adapters
 from raydistill.students.skeleton import student_skeleton
 
 pytestmark = pytest.mark.xdist_group("small_runs")
@@ -103,6 +104,18 @@ def test_a_saved_adapter_is_what_peft_and_transformers_load(architecture: str, t
     shapes = [plain.get_submodule(name).weight.shape for name in layers]
     added = sum(8 * sum(shape) for shape in shapes)
     assert count_parameters(load_classifier("student", tmp_path)) == count_parameters(plain) + added
+
+
+@every_architecture
+def test_a_student_that_goes_on_from_an_adapter_begins_with_what_it_had_learned(architecture: str, tmp_path: Path):
+    # Adapters were put on the layers of the adapters that stood there.
+    adapted = trained(architecture)
+    expected = outputs(adapted.get_base_model())
+    build(architecture).save_pretrained(tmp_path / adapters.BASE)
+    adapters.save_adapter(adapted, tmp_path, base=str(tmp_path / adapters.BASE))
+    model = with_adapters(load_classifier("student", tmp_path), Lora(), 1, torch.device("cpu"))
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-5)
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in adapted.get_base_model().named_parameters()}
 
 
 def test_an_adapters_files_are_the_same_bytes_each_time(tmp_path: Path):

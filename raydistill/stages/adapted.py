@@ -17,6 +17,7 @@ from raydistill.adapters import (
     merged,
     save_adapter,
     target_layers,
+    whole,
     without_spares,
 )
 from raydistill.config import Config, Lora, Student
@@ -51,6 +52,7 @@ def check_quantising_device(student: Student, resources: Resources) -> None:
 
 def with_adapters(student: Any, settings: Lora, seed: int, device: torch.device) -> Any:
     """The student with adapters in it, and its frozen weights quantised where that is asked for."""
+    student = whole(student)  # it may go on from an adapter that a stage before wrote
     base = quantised(student, device) if settings.quantised else student
     return add_adapters(base, settings, seed=seed).get_base_model()
 
@@ -73,6 +75,7 @@ def save_adapted(
     which the adapter names as it will be at `place`, where the folder will stand.
     """
     quiet_transformers()
+    student = whole(student)
     base = quantised(student, device) if settings.quantised else student
     if settings.merge:
         base = dequantised(base) if settings.quantised else base
