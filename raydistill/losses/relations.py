@@ -19,9 +19,9 @@ from raydistill.losses.token_mask import real_tokens, token_counts
 LARGEST_COMPONENT = 1e15
 # ... and stay far from the score of a padded key, which is finite so that its difference is too.
 PADDED_SCORE = -1e36
-# The angles are computed for as many vertices at a time as keep their tensors together half as small as the inputs.
-# Three live at a time, in float64: as six in float32.
-ANGLE_TENSORS = 12.0
+# The angles are computed for as many vertices at a time as keep eight float32 tensors of their cosines, which are three
+# in float64 and what is made on the way, as small as the inputs.
+ANGLE_TENSORS = 8.0
 
 
 def relation_kl_sum(
@@ -158,15 +158,16 @@ class _AngleHuber(torch.autograd.Function):
     def forward(ctx: Any, student_NW: torch.Tensor, teacher_NV: torch.Tensor) -> torch.Tensor:
         rows = student_NW.shape[0]
         needs_gradient = ctx.needs_input_grad[0]
-        student_NN, teacher_NN = _squared_distances(student_NW), _squared_distances(teacher_NV)
-        slopes_NN = torch.zeros_like(student_NN)
+        # Both sides in one tensor (2NN), teacher first: the operations are small, and half as many so.
+        squares_2NN = torch.stack([_squared_distances(teacher_NV), _squared_distances(student_NW)])
+        slopes_NN = torch.zeros_like(squares_2NN[0])
         loss_sum = torch.zeros((), device=student_NW.device, dtype=torch.float64)
         step = max(1, int((student_NW.numel() + teacher_NV.numel()) / (ANGLE_TENSORS * rows**2)))
         for first in range(0, rows, step):
             vertices = slice(first, first + step)
-            teacher_CNN, _ = _cosines(teacher_NN, vertices)
-            student_CNN, inverse_CN = _cosines(student_NN, vertices)
+            (teacher_CNN, student_CNN), (_, inverse_CN) = _cosines(squares_2NN, vertices)
             difference_CNN = torch.sub(student_CNN, teacher_CNN, out=teacher_CNN)
+            difference_CNN.diagonal(dim1=1, dim2=2).zero_()
             # Its slope is the difference cut to -1 and 1, and slope * (difference - slope / 2) the Huber loss.
             huber_CNN = difference_CNN.clamp(-1.0, 1.0)
             loss_sum += difference_CNN.sub_(huber_CNN, alpha=0.5).mul_(huber_CNN).sum()
@@ -175,7 +176,7 @@ class _AngleHuber(torch.autograd.Function):
                 huber_CNN.mul_(inverse_CN[:, :, None]).mul_(inverse_CN[:, None, :])
                 slopes_NN.sub_(huber_CNN.sum(dim=0), alpha=0.5)
                 slopes_NN[vertices] += huber_CNN.sum(dim=2).sub_(along_CN)
-        del student_NN, teacher_NN
+        del squares_2NN
         weight = 1 / ((rows - 1) * (rows - 2))
         if needs_gradient:
             ctx.save_for_backward(_through_distances(student_NW, slopes_NN.mul_(weight)))
@@ -205,17 +206,16 @@ def _squared_distances(vectors_NW: torch.Tensor) -> torch.Tensor:
     return total_NN
 
 
-def _cosines(squares_NN: torch.Tensor, vertices: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines of the angles between rows seen from each of C vertices (CNN), and 1 / distance from it (CN).
+def _cosines(squares_2NN: torch.Tensor, vertices: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines of the angles between rows seen from each of C vertices (2CNN), and 1 / distance from it (2CN).
 
-    0 where a row is in the vertex's place, and between a row and itself.
+    0 where a row is in the vertex's place; the cosines between a row and itself mean nothing.
     """
-    legs_CN = squares_NN[vertices]
-    inverse_CN = _inverse(legs_CN.sqrt())
-    cosines_CNN = (legs_CN[:, :, None] + legs_CN[:, None, :]).sub_(squares_NN)
-    cosines_CNN.mul_(inverse_CN[:, :, None]).mul_(inverse_CN[:, None, :]).mul_(0.5)
-    cosines_CNN.diagonal(dim1=1, dim2=2).zero_()
-    return cosines_CNN, inverse_CN
+    legs_2CN = squares_2NN[:, vertices]
+    inverse_2CN = _inverse(legs_2CN.sqrt())
+    cosines_2CNN = (legs_2CN[..., None] + legs_2CN[..., None, :]).sub_(squares_2NN[:, None])
+    half_2CN = 0.5 * inverse_2CN
+    return cosines_2CNN.mul_(half_2CN[..., None]).mul_(inverse_2CN[..., None, :]), inverse_2CN
 
 
 def _through_distances(vectors_NW: torch.Tensor, slopes_NN: torch.Tensor) -> torch.Tensor:
