@@ -44,6 +44,25 @@ class Section(BaseModel):
         return value
 
 
+class Augment(Section):
+    """More texts made from train's by rules (Tang et al. 2019, arXiv:1903.12136), for the student alone."""
+
+    copies: int = Field(default=1, ge=1, le=1000, description="texts made from each row of train")
+    mask: float = Field(default=0.1, ge=0, le=1, description="share of words that become the teacher's mask token")
+    replace: float = Field(default=0.1, ge=0, le=1, description="share of words replaced by one of the same label's")
+    ngram: float = Field(default=0.25, ge=0, le=1, description="share of texts cut to 1 to 5 words in a row")
+    keep_labels: bool = Field(default=False, description="the student also learns these texts' original labels")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the rules")
+
+    @model_validator(mode="after")
+    def _rules_do_something(self) -> Augment:
+        if not self.mask + self.replace + self.ngram:
+            raise ValueError("mask, replace and ngram are all 0, so that every copy would be its row; raise one")
+        if self.mask + self.replace > 1:
+            raise ValueError(f"mask {self.mask} and replace {self.replace} are shares of the same words; lower one")
+        return self
+
+
 class Data(Section):
     """Where rows come from and how they become shards."""
 
@@ -58,6 +77,7 @@ class Data(Section):
     keep_unlabelled: bool = Field(
         default=False, description="rows of train with an empty label join the unlabelled ones and are not dropped"
     )
+    augment: Augment | None = Field(default=None, description="absent: no texts are made")
     text: str = Field(default="text", min_length=1, description="the column that holds the text")
     label: str = Field(default="label", min_length=1, description="the column that holds the label's name")
     label_separator: str = Field(
@@ -531,10 +551,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rows_without_labels_have_a_teacher(self) -> Config:
-        loss = self.train.loss
+        loss, data = self.train.loss, self.data
         learns = max(loss.alpha, loss.alpha_end or 0) > 0 or loss.hard_targets == "teacher" or loss.features
-        if (self.data.unlabelled or self.data.keep_unlabelled) and not learns:
-            name = "unlabelled" if self.data.unlabelled else "keep_unlabelled"
+        asked = {
+            "unlabelled": data.unlabelled, "keep_unlabelled": data.keep_unlabelled,
+            "augment": data.augment and not data.augment.keep_labels,
+        }  # fmt: skip
+        if (name := next((name for name, value in asked.items() if value), None)) and not learns:
             raise ValueError(
                 f"data.{name} asks for rows without labels, of which train.loss.alpha: 0 learns nothing; raise alpha,"
                 " or remove the setting"

@@ -20,10 +20,10 @@ from raydistill.data.sources import Row
 from raydistill.record.commit import Entry, commit_shard, committed_shard, open_verified, shard_name
 from raydistill.record.store import Store, naming
 
-SPLITS = ("train", "validation", "test", "unlabelled")
+SPLITS = ("train", "validation", "test", "unlabelled", "augmented")
 # What a model learns from. Rows without a label have something to say only where there is a teacher.
 LABELLED_SPLITS = ("train",)
-STUDENT_SPLITS = ("train", "unlabelled")
+STUDENT_SPLITS = ("train", "unlabelled", "augmented")
 SCHEMA = pa.schema(
     [
         pa.field("row_id", pa.int64(), nullable=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from raydistill.cache.codecs import CODECS
 from raydistill.config import Config
@@ -18,6 +19,7 @@ from raydistill.stages.cluster import Resources, check_precision, share_for_acto
 from raydistill.stages.feature_cache import check_lent_features, features_plan
 from raydistill.stages.feature_cost import FeatureCost
 from raydistill.stages.features import feature_terms
+from raydistill.stages.prepare import mask_token
 from raydistill.stages.progress import size
 from raydistill.stages.teach import cache_plan, teacher_dtype, teacher_source
 from raydistill.stages.trainer import settings_of, training_plan
@@ -50,6 +52,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         student = find_model("student.model", config.student.model, config.student.revision)
         refuse_adapter("student.model", student)
         tokenizer = load_tokenizer(student, "student.model")
+        _check_mask_token(config, tokenizer)
         check_length("the student", student, config.data.max_length)
     elif config.student.init == "config":
         check_architecture(config.student.model_type, config.student.embedding_size)
@@ -62,6 +65,16 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.lora:
         check_adapters(config, folder, labels)
     check_lent_features(config, run, folder)
+
+
+def _check_mask_token(config: Config, tokenizer: Any) -> None:
+    """Augmented texts hold the teacher's mask token, which the student's tokenizer must know as its own."""
+    token = mask_token(config)
+    if token is not None and tokenizer.mask_token != token:
+        raise UserError(
+            f"data.augment.mask: texts are masked with the teacher's {token!r}, the student's mask token is"
+            f" {tokenizer.mask_token!r}. Set data.augment.mask=0, or choose a student with the teacher's tokenizer"
+        )
 
 
 def check_resources(config: Config, stages: tuple[str, ...], resources: Resources) -> None:

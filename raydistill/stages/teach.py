@@ -23,7 +23,7 @@ from raydistill.stages.progress import Progress, size
 from raydistill.stages.scoring import ScoringJob, score
 from raydistill.stages.trainer import train_model
 
-SPLITS = ("train", "validation", "unlabelled")  # one that the data do not have adds nothing
+SPLITS = ("train", "validation", "unlabelled", "augmented")  # one that the data do not have adds nothing
 
 
 def teach(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
