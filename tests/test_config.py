@@ -91,7 +91,10 @@ def test_a_short_file_gets_the_defaults(file: Path):
 def test_the_readme_s_config_is_taken(file: Path):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     blocks = [textwrap.dedent(block) for block in re.findall(r"^ *```yaml\n(.*?)^ *```$", readme, re.M | re.S)]
-    whole, features = map(yaml.safe_load, blocks)
+    whole, features, adapters = map(yaml.safe_load, blocks)
+    for block in (features, adapters):  # the other blocks are parts of a config
+        assert set(block) < set(whole)
+    load(file, yaml.safe_dump(whole | adapters))
     whole["train"]["loss"] |= features["train"]["loss"]  # the second block says what to add to the first
     for block in (blocks[0], yaml.safe_dump(whole)):
         config = load(file, block)
