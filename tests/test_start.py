@@ -1,6 +1,9 @@
 """The start of a training: a student's first weights where they need rows of train, made once and loaded ever after."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,3 +117,53 @@ def test_a_mistake_that_is_found_while_it_is_made_is_the_users(alone: None, tmp_
     with pytest.raises(UserError, match="student: is wrong"):
         made_once(LocalStore(str(tmp_path / "run")), ("train/start",), "one", make, max_length=32)
     assert not (tmp_path / "run").exists()
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from tiny_models import tiny
+from raydistill.data.tokens import load_tokenizer
+from raydistill.errors import UserError
+from raydistill.record.store import LocalStore
+from raydistill.stages.start import made_once
+
+rank, folder, classifier = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+
+def make():
+    assert rank == 0
+    return tiny("bert"), load_tokenizer(classifier, "x")
+
+def fail():
+    raise UserError(f"found by rank {rank}")
+
+store = LocalStore(str(folder / "run"))
+model, tokenizer = made_once(store, ("train/start",), "one", make, max_length=32)
+print(sum(float(p.detach().double().sum()) for p in model.parameters()), len(tokenizer))
+try:
+    made_once(store, ("train/start",), "two", fail, max_length=32)
+except UserError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+def test_every_rank_has_what_one_made_and_the_same_mistake(tmp_path: Path, tiny_classifier: Path):
+    places = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path), str(tiny_classifier)], env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    answers = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    expected = sum(float(p.detach().double().sum()) for p in tiny("bert").parameters())
+    weights, error = answers[0][0].splitlines()
+    assert float(weights.split()[0]) == pytest.approx(expected)
+    assert error == "found by rank 0"

@@ -344,6 +344,19 @@ def test_the_teacher_beside_the_training_reads_its_own_ids(runs: SmallRuns):
     assert found[1]["hidden_mse"] == pytest.approx(0, abs=1e-6)
 
 
+def test_features_from_the_cache_are_those_of_a_trimmed_students_tokens(runs: SmallRuns):
+    changes = {
+        "student": {"init": "teacher_layers", "layers": [0, 1], "dropout": 0.0, "trim_vocabulary": True},
+        "train.loss.features": [{"kind": "hidden_mse"}], "train.loss.features_from": "cache", "train.log_every": 1,
+    }  # fmt: skip
+    folder = runs.start("teach")
+    answer = runs.run(folder, "teach", "train", changes=changes)
+    assert answer["error"] is None, answer["error"]
+    point = json.loads((folder / "train/metrics.jsonl").read_text().splitlines()[0])
+    # The cache is in half precision.
+    assert point["hidden_mse"] == pytest.approx(0, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
