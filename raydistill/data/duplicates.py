@@ -25,6 +25,12 @@ BUFFER_ROWS = 1 << 16
 ROW = np.dtype([("text", "<u8"), ("split", "u1"), ("label", "<i4")])
 
 
+def text_key(text: str) -> int:
+    """A 64-bit hash that texts have in common when they differ in case and white space at most."""
+    hashed = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "little")
+
+
 class TextIndex:
     """Takes every row once, then tells what stands twice. A context manager: its files end with it."""
 
@@ -40,8 +46,7 @@ class TextIndex:
         self._folder.cleanup()
 
     def add(self, text: str, split: str, label: int) -> None:
-        hashed = hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=8).digest()
-        self._buffer[self._used] = (int.from_bytes(hashed, "little"), SPLITS.index(split), label)
+        self._buffer[self._used] = (text_key(text), SPLITS.index(split), label)
         self._used += 1
         if self._used == BUFFER_ROWS:
             self._spill()

@@ -18,6 +18,7 @@ import torch
 from raydistill.cache.feature_shards import FeatureShard, read_features
 from raydistill.cache.shards import LogitShard, read_logits
 from raydistill.data.feature_targets import FOLDER, CachedFeatures
+from raydistill.data.folds import FoldRows
 from raydistill.data.order import epoch_batches
 from raydistill.data.shards import read_shard
 from raydistill.data.tokens import Tokens, pack_by_length, pad, tokenise
@@ -58,7 +59,8 @@ class Split:
     """One split of the data, or several as one, with its share of the teacher's cache, and of its cached features.
 
     Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES. The
-    teacher's logits are divided by its temperature when they are read: a calibrated teacher's cache is kept raw.
+    teacher's logits are divided by its temperature when they are read: a calibrated teacher's cache is kept raw. `rows`
+    leaves the others out as if they were not in the data; the order of what is left depends on (seed, epoch) alone.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Split:
         max_length: int,
         teacher_temperature: float = 1.0,
         features: CachedFeatures | None = None,
+        rows: FoldRows | None = None,
     ) -> None:
         self._store, self._cache, self._tokenizer, self._max_length = store, cache, tokenizer, max_length
         self._teacher_temperature = teacher_temperature
@@ -81,7 +84,9 @@ class Split:
         self._features = features
         kept = features.manifest.shards(*splits) if features else []
         self._feature_entries = pair_entries(self.entries, kept, FOLDER) if features else []
-        self.shard_rows = [entry.rows for entry in self.entries]
+        assert rows is None or features is None, "a training without a fold is a teacher's, which learns no features"
+        self._chosen = rows.open() if rows else None
+        self.shard_rows = [self._chosen.count(e.file) if self._chosen else e.rows for e in self.entries]
         self.rows = sum(self.shard_rows)
         self._held: OrderedDict[int, Future[Shard]] = OrderedDict()
         self._needed: set[int] = set()
@@ -120,6 +125,9 @@ class Split:
         if (entry := self._logits[number]) is not None:
             assert self._cache is not None
             logits = self._join(rows.row_ids_N, read_logits(self._store, "teacher/cache", entry, self._cache), entry)
+        if self._chosen:
+            chosen_N = self._chosen.chosen(rows)
+            rows, logits = rows.where(chosen_N), None if logits is None else logits[chosen_N]
         tokens = tokenise(self._tokenizer, rows.texts, self._max_length)
         labels = rows.labels_N if rows.labels_N.ndim > 1 else rows.labels_N.astype(np.int64)
         features = None

@@ -100,6 +100,11 @@ class DataShard:
     texts: list[str]
     labels_N: npt.NDArray[np.integer]
 
+    def where(self, chosen_N: npt.NDArray[np.bool_]) -> DataShard:
+        """The chosen rows, in their order."""
+        texts = [text for text, is_chosen in zip(self.texts, chosen_N, strict=True) if is_chosen]
+        return DataShard(self.name, self.row_ids_N[chosen_N], texts, self.labels_N[chosen_N])
+
 
 def read_shard(store: Store, entry: Entry) -> DataShard:
     """A committed data shard. Raises UserError when the file is not what the manifest says."""
