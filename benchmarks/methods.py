@@ -39,7 +39,7 @@ from raydistill.report.metrics import compare, mean_kl
 from raydistill.stages.pipeline import run_stages
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import Scorer, ScoringJob
-from raydistill.stages.teach import made_here
+from raydistill.stages.teachers import made_here
 
 VALIDATION = 0.1
 RESAMPLES = 10_000

@@ -190,6 +190,14 @@ class FineTune(Training):
         return self
 
 
+class Member(Section):
+    """One more teacher of an ensemble."""
+
+    model: str = Field(min_length=1, description="a folder or a hub id; safetensors weights")
+    revision: str | None = Field(default=None, description="of a hub id")
+    weight: float = Field(default=1.0, ge=0, le=1e6, description="in the mean of all; against the others' weights")
+
+
 class Teacher(Section):
     """The large model and the cache of its outputs."""
 
@@ -207,9 +215,47 @@ class Teacher(Section):
     calibrate: bool = Field(
         default=False, description="divide its logits by one temperature, fitted on validation, before anyone learns"
     )
+    cross_fit: int | None = Field(
+        default=None, ge=2, le=100,
+        description="with fine_tune: folds of train; so many more teachers are trained, each without one fold, and each"
+        " scores the fold that it has not seen",
+    )  # fmt: skip
+    members: tuple[Member, ...] = Field(default=(), description="further teachers; the targets are the mean of all")
+    weight: float = Field(default=1.0, ge=0, le=1e6, description="of model, in the mean with members")
+    fine_tune_seeds: tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...] | None = Field(
+        default=None, description="with fine_tune: each teacher is trained once for each seed; the mean is of all"
+    )
+    combine: Literal["logits", "probabilities"] = Field(
+        default="logits", description="what the mean of several teachers is taken of"
+    )
     actors: int | None = Speed(None, ge=1, description="absent: as many as the cluster has room for")
     cpus_per_actor: int = Speed(1, ge=1)
     tokens_per_batch: int | None = Speed(None, ge=1, le=1 << 31, description="absent: 512 on CPU, 16384 on GPU")
+
+    @model_validator(mode="after")
+    def _teachers_fit(self) -> Teacher:
+        for name in ("cross_fit", "fine_tune_seeds"):
+            if getattr(self, name) is not None and self.fine_tune is None:
+                raise ValueError(f"{name} needs fine_tune: it is about teachers that are trained here")
+        seeds = self.fine_tune_seeds
+        if seeds is not None and (len(seeds) < 2 or len(set(seeds)) < len(seeds)):
+            raise ValueError(f"fine_tune_seeds must be different seeds, two at least, found {list(seeds)}")
+        if (
+            seeds is not None
+            and self.fine_tune is not None
+            and self.fine_tune.seed != FineTune.model_fields["seed"].default
+        ):
+            raise ValueError("fine_tune.seed means nothing with fine_tune_seeds; remove it")
+        named = [(self.model, self.revision), *((member.model, member.revision) for member in self.members)]
+        if twice := [model for model, revision in named if named.count((model, revision)) > 1]:
+            raise ValueError(f"members: {twice[0]} stands there twice; give it a weight, or fine_tune_seeds")
+        if not self.weight and not any(member.weight for member in self.members):
+            raise ValueError("weight: all weights are 0, so that no teacher is left; give one of them more")
+        if self.weight != type(self).model_fields["weight"].default and not self.members:
+            raise ValueError("weight means nothing without members; remove it")
+        if self.combine != type(self).model_fields["combine"].default and not self.members and seeds is None:
+            raise ValueError("combine means nothing with one teacher; remove it, or set members or fine_tune_seeds")
+        return self
 
 
 class Lora(Section):

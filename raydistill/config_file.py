@@ -252,6 +252,9 @@ def _absolute(config: Config) -> Config:
             "teacher": teacher.model_copy(
                 update={
                     "model": absolute_model(teacher.model),
+                    "members": tuple(
+                        member.model_copy(update={"model": absolute_model(member.model)}) for member in teacher.members
+                    ),
                     "cache_from": absolute_path(teacher.cache_from) if teacher.cache_from else None,
                 }
             ),

@@ -234,7 +234,7 @@ def test_an_adapter_is_scored_and_timed_as_it_is_served(runs):
     folder, _ = runs.trained(changes(runs, merge=False))
     source = ModelSource("the student", "student", store_url=str(folder))
     figures = measure(
-        {"student": source}, ["where is my parcel"] * 4, requests=1, threads=1, max_length=48, dtype="bfloat16"
+        {"student": (source,)}, ["where is my parcel"] * 4, requests=1, threads=1, max_length=48, dtype="bfloat16"
     )
     base = load_classifier("base", folder / "student" / adapters.BASE)
     assert figures["student"]["parameters"] == facts(folder)["parameters"] > count_parameters(base)

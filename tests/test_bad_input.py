@@ -288,10 +288,41 @@ MODEL_CASES: list[tuple[str, list[Change], list[str]]] = [
      ["student.model_type: ", "'brt'"]),
     ("unknown codec", ["teacher.codec=dense-int9"], ["teacher.codec: found 'dense-int9'"]),
 ]  # fmt: skip
+TUNED = "teacher.fine_tune={}"
+TEACHER_CASES: list[tuple[str, list[Change], list[str]]] = [
+    ("folds of a teacher that is not trained", ["teacher.cross_fit=5"], ["teacher: cross_fit needs fine_tune"]),
+    ("one fold", [TUNED, "teacher.cross_fit=1"], ["teacher.cross_fit: found 1", "greater than or equal to 2"]),
+    ("seeds of a teacher that is not trained", ["teacher.fine_tune_seeds=[0, 1]"], ["fine_tune_seeds needs fine_tune"]),
+    ("one seed", [TUNED, "teacher.fine_tune_seeds=[3]"], ["must be different seeds, two at least, found [3]"]),
+    ("seeds twice", [TUNED, "teacher.fine_tune_seeds=[3, 3]"], ["must be different seeds, two at least, found [3, 3]"]),
+    ("a seed below zero", [TUNED, "teacher.fine_tune_seeds=[0, -1]"], ["teacher.fine_tune_seeds.1: found -1"]),
+    ("a seed beside seeds", ["teacher.fine_tune={seed: 4}", "teacher.fine_tune_seeds=[0, 1]"],
+     ["fine_tune.seed means nothing with fine_tune_seeds"]),
+    ("no weight at all", ["teacher.weight=0", "teacher.members=[{model: b, weight: 0}]"], ["all weights are 0"]),
+    ("a weight below zero", ["teacher.members=[{model: b, weight: -1}]"], ["teacher.members.0.weight: found -1"]),
+    ("a weight of one teacher", ["teacher.weight=2"], ["teacher: weight means nothing without members"]),
+    ("a mean of one teacher", ["teacher.combine=probabilities"], ["combine means nothing with one teacher"]),
+    ("a mean of what is unknown", ["teacher.combine=votes"], ["teacher.combine: found 'votes'"]),
+    ("a teacher twice", ["teacher.members=[{model: ./model}]"], ["members: ./model stands there twice"]),
+    ("a member that is not there", ["teacher.members=[{model: ./none}]"],
+     ["teacher.members[0].model: ", "none: no such folder"]),
+    ("a member with other labels",
+     [lambda place: shutil.copytree(place / "model", place / "second"), "teacher.members=[{model: ./second}]",
+      lambda place: (place / "second/config.json").write_text(
+          (place / "second/config.json").read_text().replace('"refund"', '"fraud"'))],
+     ["teacher.members[0].model: ", "'refund' unknown to it"]),
+    ("a member that takes shorter rows",
+     [lambda place: write_new_bert(place / "short", [WORDS] * 2, hidden_size=16, layers=1, heads=2, vocabulary=64,
+                                   positions=8),
+      TUNED, "teacher.members=[{model: ./short}]"], ["data.max_length: found 16", "takes at most 8"]),
+    ("features of several teachers",
+     [TUNED, "teacher.fine_tune_seeds=[0, 1]", "train.loss.features=[{kind: hidden_mse}]"],
+     ["train.loss.features: are those of one teacher, and this run has several"]),
+]  # fmt: skip
 
 
 def cases() -> Iterator[Any]:
-    for name, changes, parts in [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES]:
+    for name, changes, parts in [*CONFIG_CASES, *DATA_CASES, *MODEL_CASES, *TEACHER_CASES]:
         yield pytest.param(changes, parts, id=name)
 
 

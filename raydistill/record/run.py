@@ -23,6 +23,7 @@ class Part:
 
 PARTS = {
     "data": Part("prepare", "data", "data"),
+    "folds": Part("teach", "teacher/folds", "teacher/folds"),
     "teacher": Part("teach", "teacher/train", "teacher/model"),
     "cache": Part("teach", "teacher/cache", "teacher/cache"),
     "features": Part("teach", "teacher/features", "teacher/features"),
@@ -31,13 +32,28 @@ PARTS = {
     "control": Part("evaluate", "control/train", "control/model"),
     "report": Part("evaluate", "report", "report"),
 }
-LENT = ("data", "teacher", "cache", "features")
+LENT = ("data", "folds", "teacher", "cache", "features")
+# Further teachers, of which a config may ask for any number, are parts by the names of their folders.
+FURTHER_TEACHER = re.compile(r"teacher(/member-\d+)?(/fold-\d+)?")
 # What was damaged is set aside as NAME.bad-1, what was made for another plan as FOLDER.1. Other names end in numbers
 # too: TensorBoard's do.
 ASIDE = re.compile(
-    rf"\.bad-\d+(/|$)|^({'|'.join(f'{part.folder}|{part.product}' for part in PARTS.values())})\.\d+(/|$)"
+    rf"\.bad-\d+(/|$)|^({'|'.join(f'{part.folder}|{part.product}' for part in PARTS.values())}"
+    rf"|{FURTHER_TEACHER.pattern}/(train|model))\.\d+(/|$)"
 )
 STAGES = ("prepare", "teach", "train", "evaluate")
+
+
+def part_of(name: str) -> Part:
+    """The part of that name: one that every run knows, or a further teacher (`teacher/member-1/fold-0`)."""
+    if name in PARTS:
+        return PARTS[name]
+    assert FURTHER_TEACHER.fullmatch(name), name
+    return Part("teach", f"{name}/train", f"{name}/model")
+
+
+def _is_lent(part: str) -> bool:
+    return part in LENT or part.startswith("teacher/")
 
 
 @dataclass(frozen=True)
@@ -54,23 +70,28 @@ class Run:
 
     def home(self, part: str) -> Store:
         """The store in which a part stands."""
-        return self.lender if self.lender and part in LENT else self.store
+        return self.lender if self.lender and _is_lent(part) else self.store
 
     def complete(self, part: str) -> Manifest | None:
-        return read_manifest(self.home(part), PARTS[part].product)
+        return read_manifest(self.home(part), part_of(part).product)
 
     def require(self, part: str) -> Manifest:
         """The manifest of a part that is needed. Raises UserError that names the stage to run first."""
         manifest = self.complete(part)
         if manifest is None:
-            where = self.home(part).where(PARTS[part].product)
-            raise UserError(f"{where}: is not complete. Run `raydistill {PARTS[part].stage}` with its config first")
+            where = self.home(part).where(part_of(part).product)
+            raise UserError(f"{where}: is not complete. Run `raydistill {part_of(part).stage}` with its config first")
         return manifest
 
     def plan(self, part: str) -> Plan | None:
-        name = f"{PARTS[part].folder}/plan.json"
+        name = f"{part_of(part).folder}/plan.json"
         home = self.home(part)
         return Plan.unsealed(home.read(name), home.where(name)) if home.exists(name) else None
+
+    def parts(self) -> list[str]:
+        """Every part that a run may have: those that all know, and further teachers that stand there."""
+        names = (name.removesuffix("/train/plan.json") for name in self.home("teacher").list("teacher"))
+        return [*PARTS, *(name for name in names if name not in PARTS and FURTHER_TEACHER.fullmatch(name))]
 
     def begin(self, part: str, plan: Plan) -> Manifest | None:
         """Opens a part for this plan; its manifest when it is complete already, None when there is work to do.
@@ -83,13 +104,13 @@ class Run:
             self.set_aside(part)
             standing = None
         if standing is None:
-            name = f"{PARTS[part].folder}/plan.json"
-            if self.lender and part in LENT:
+            name = f"{part_of(part).folder}/plan.json"
+            if self.lender and _is_lent(part):
                 raise UserError(f"teacher.cache_from: {self.lender.where(name)} is missing. Finish that run first")
             self.store.write(name, plan.sealed())
         manifest = self.complete(part)
         if manifest is not None and manifest.fingerprint != plan.fingerprint:
-            set_aside(self.store, PARTS[part].product, ".")
+            set_aside(self.store, part_of(part).product, ".")
             return None
         return manifest
 
@@ -98,20 +119,20 @@ class Run:
         standing = self.plan(part)
         if standing is None or standing.fingerprint == plan.fingerprint:
             return
-        if (self.lender and part in LENT) or not self.redo or not _later(PARTS[part].stage, self.redo):
+        if (self.lender and _is_lent(part)) or not self.redo or not _later(part_of(part).stage, self.redo):
             raise UserError(self._mismatch(part, standing, plan))
 
     def _mismatch(self, part: str, old: Plan, new: Plan) -> str:
         what, before, after = first_difference(old.inputs, new.inputs) or ("plan", old.fingerprint, new.fingerprint)
-        where, stage = self.home(part).where(PARTS[part].folder), PARTS[part].stage
+        where, stage = self.home(part).where(part_of(part).folder), part_of(part).stage
         advice = f"Take another run name, or --redo {stage} (what stands there is kept aside)"
-        if self.lender and part in LENT:
+        if self.lender and _is_lent(part):
             advice = "Set it as it was, or leave out teacher.cache_from"
         return f"{where}: {what}: was made with {_short(before)}, now asked for {_short(after)}. {advice}"
 
     def set_aside(self, part: str) -> None:
         """Moves a part's folders to numbered names."""
-        for folder in dict.fromkeys((PARTS[part].product, PARTS[part].folder)):
+        for folder in dict.fromkeys((part_of(part).product, part_of(part).folder)):
             set_aside(self.store, folder, ".")
 
 
@@ -168,8 +189,8 @@ def verify(run: Run, *, repair: bool = False) -> tuple[int, list[Finding]]:
             bad.append(folder)
         elif broken:
             bad += [name for file, _ in broken for name in (file, sidecar_name(file))] + [f"{folder}/{MANIFEST}"]
-    for part in PARTS.values():
-        name = f"{part.folder}/plan.json"
+    for part in run.parts():
+        name = f"{part_of(part).folder}/plan.json"
         if run.store.exists(name):
             checked += 1
             try:

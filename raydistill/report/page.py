@@ -71,12 +71,24 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 def teacher_notes(report: dict[str, Any]) -> list[str]:
     """What was done to the teacher's outputs before anyone learned from them, a sentence each."""
+    notes: list[str] = []
+    if found := report.get("teacher_members"):
+        alone = ", ".join(f"{member['accuracy']:.2%}" for member in found)
+        notes.append(
+            f"The teacher is the mean of {len(found)} models' {report['teacher_combine']}; its parameters and its"
+            f" latency are theirs together. Alone they reach {alone} accuracy."
+        )
+    if folds := report.get("cross_fit"):
+        notes.append(
+            f"Its targets for train are cross-fitted: each row was scored by a teacher trained without the row's fold,"
+            f" one of {folds}. The teacher that stands here was trained on all of train."
+        )
     if temperature := report.get("teacher_temperature"):
-        return [
+        notes.append(
             f"The teacher is calibrated: its logits are divided by {temperature:g}, fitted on validation, in what the"
             " student learned from and in the teacher's figures here."
-        ]
-    return []
+        )
+    return notes
 
 
 def render(report: dict[str, Any]) -> str:

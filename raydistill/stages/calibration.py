@@ -17,9 +17,11 @@ from raydistill.errors import UserError
 from raydistill.losses.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_label_temperature
 from raydistill.record.commit import commit_manifest
 from raydistill.record.fingerprint import Plan
-from raydistill.record.run import PARTS, Run
+from raydistill.record.run import Run
 from raydistill.report.measures import measures_of
 from raydistill.stages.progress import Progress
+
+FOLDER = "teacher/calibration"
 
 
 def calibrate(run: Run, progress: Progress) -> None:
@@ -45,7 +47,7 @@ def calibrate(run: Run, progress: Progress) -> None:
     nll = measures_of(labels_N).nll
     before, after = nll(logits_NK, labels_N), nll(logits_NK / temperature, labels_N)
     facts = {"temperature": temperature, "rows": len(labels_N), "nll_before": before, "nll_after": after}
-    commit_manifest(run.store, PARTS["calibration"].product, plan.fingerprint, [], facts)
+    commit_manifest(run.store, FOLDER, plan.fingerprint, [], facts)
     progress.say(
         f"calibrate: temperature {temperature:g}, fitted on {len(labels_N):,} validation rows (NLL {before:.4f} before,"
         f" {after:.4f} after)"

@@ -18,10 +18,11 @@ from raydistill.cache.shards import read_logits
 from raydistill.config import Config, identity
 from raydistill.data.shards import read_shard, read_split
 from raydistill.losses.calibration import fit_label_temperature
+from raydistill.losses.ensemble import ensemble_logits
 from raydistill.models import ModelSource, model_identity, weight_files
 from raydistill.record.commit import Entry, Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
-from raydistill.record.run import PARTS, Run
+from raydistill.record.run import Run
 from raydistill.record.store import Store
 from raydistill.report.measures import measures_of
 from raydistill.report.page import render
@@ -31,7 +32,8 @@ from raydistill.stages.latency import measure
 from raydistill.stages.prepare import data_report
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import score
-from raydistill.stages.teach import made_here, teacher_job, teacher_source
+from raydistill.stages.teach import teacher_job
+from raydistill.stages.teachers import is_ensemble, made_here, members, teacher_source, teacher_sources
 from raydistill.stages.trainer import train_model
 
 TIMED_ROWS = 1024
@@ -51,19 +53,21 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
         progress.say("evaluate: complete")
         return json.loads(run.store.read("report/report.json"))
     sources = model_sources(config, run)
-    logits = _score(sources, config, run, data, plan, resources, progress)
-    divisor = teacher_temperature(config, run)
-    logits["teacher"] = {split: logits_NK / divisor for split, logits_NK in logits["teacher"].items()}
+    scored = _score(sources, config, run, data, plan, resources, progress)
+    logits = {name: parts[0] for name, parts in scored.items()}
+    logits["teacher"] = _as_taught(config, run, scored["teacher"])
     speed = _time_models(sources, config, run, data, resources, progress)
     report = _report(config, run, data, sources, logits, speed, plan)
+    if is_ensemble(config):
+        report["teacher_members"] = _members_report(config, scored["teacher"], _labels(run, data, "test"))
     _commit(run, plan, report)
     return report
 
 
-def model_sources(config: Config, run: Run) -> dict[str, ModelSource]:
-    """Every model that is compared."""
-    sources = {"teacher": teacher_source(config, run), "student": made_here("student", run)}
-    return sources | ({"control": made_here("control", run)} if config.evaluate.control else {})
+def model_sources(config: Config, run: Run) -> dict[str, tuple[ModelSource, ...]]:
+    """Every model that is compared, with the models that it is made of: several for an ensemble of teachers."""
+    sources = {"teacher": teacher_sources(config, run), "student": (made_here("student", run),)}
+    return sources | ({"control": (made_here("control", run),)} if config.evaluate.control else {})
 
 
 def report_plan(config: Config, run: Run, data: Manifest, student: Manifest, control: Manifest | None) -> Plan:
@@ -76,34 +80,73 @@ def report_plan(config: Config, run: Run, data: Manifest, student: Manifest, con
             "control": control.fingerprint if control else None,
             "teacher": model_identity(teacher_source(config, run).folder()),
             "data.max_length": config.data.max_length,
+            **_ensemble_inputs(config, run),
             **{f"evaluate.{name}": value for name, value in identity(config.evaluate).items()},
         },
     )
 
 
+def _ensemble_inputs(config: Config, run: Run) -> dict[str, Any]:
+    if not is_ensemble(config):
+        return {}
+    models = [model_identity(source.folder()) for source in teacher_sources(config, run)]
+    weights = [member.weight for member in members(config)]
+    return {"teachers": models, "weights": weights, "teacher.combine": config.teacher.combine}
+
+
 def _score(
-    sources: dict[str, ModelSource],
+    sources: dict[str, tuple[ModelSource, ...]],
     config: Config,
     run: Run,
     data: Manifest,
     plan: Plan,
     resources: Resources,
     progress: Progress,
-) -> dict[str, Logits]:
-    """Every model's float32 logits on validation (to fit its temperature) and test, in the order of the rows."""
+) -> dict[str, list[Logits]]:
+    """The float32 logits of every model's parts on validation (to fit its temperature) and test, in order of rows."""
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
     teacher = teacher_job(config, run, data, folder="", fingerprint=plan.fingerprint, dtype=config.evaluate.dtype)
+    names = [(name, number) for name, parts in sources.items() for number in range(len(parts))]
     jobs = [
-        replace(teacher, source=source, folder=f"report/logits/{name}", codec="dense-float32")
-        for name, source in sources.items()
+        replace(teacher, source=sources[name][number], folder=_logits_folder(name, number), codec="dense-float32")
+        for name, number in names
     ]
     splits: dict[str, tuple[str, ...]] = {job.folder: SPLITS for job in jobs}
-    result: dict[str, Logits] = {}
-    for name, job, scored in zip(sources, jobs, score(jobs, data, splits, share, progress, "evaluate"), strict=True):
+    result: dict[str, list[Logits]] = {name: [] for name in sources}
+    for (name, _), job, scored in zip(names, jobs, score(jobs, data, splits, share, progress, "evaluate"), strict=True):
         facts = {"codec": job.codec, "classes": len(job.labels)}
         manifest = commit_manifest(run.store, job.folder, plan.fingerprint, scored.entries, facts)
-        result[name] = {split: _logits(run.store, job.folder, manifest, split) for split in SPLITS}
+        result[name].append({split: _logits(run.store, job.folder, manifest, split) for split in SPLITS})
     return result
+
+
+def _as_taught(config: Config, run: Run, parts: list[Logits]) -> Logits:
+    """The teacher's logits as its students saw them: the mean of its members, divided by its temperature."""
+    divisor = teacher_temperature(config, run)
+    if not is_ensemble(config):
+        return {split: logits_NK / divisor for split, logits_NK in parts[0].items()}
+    weights = [member.weight for member in members(config)]
+    found: Logits = {}
+    for split in SPLITS:
+        of_members = [torch.from_numpy(part[split]) for part in parts]
+        mean_NK = ensemble_logits(
+            of_members, weights, combine=config.teacher.combine, multi_label=config.task == "multi_label"
+        )
+        found[split] = mean_NK.numpy() / divisor
+    return found
+
+
+def _members_report(config: Config, parts: list[Logits], labels: np.ndarray) -> list[dict[str, Any]]:
+    """What the members of an ensemble reach alone on test."""
+    alone = [measures_of(labels).metrics(part["test"], labels, 1.0) for part in parts]
+    return [
+        {"model": member.title, "weight": member.weight, "accuracy": metrics["accuracy"], "nll": metrics["nll"]}
+        for member, metrics in zip(members(config), alone, strict=True)
+    ]
+
+
+def _logits_folder(name: str, number: int) -> str:
+    return f"report/logits/{name}" + (f"-member-{number}" if number else "")
 
 
 def _logits(store: Store, folder: str, manifest: Manifest, split: str) -> np.ndarray:
@@ -111,7 +154,12 @@ def _logits(store: Store, folder: str, manifest: Manifest, split: str) -> np.nda
 
 
 def _time_models(
-    sources: dict[str, ModelSource], config: Config, run: Run, data: Manifest, resources: Resources, progress: Progress
+    sources: dict[str, tuple[ModelSource, ...]],
+    config: Config,
+    run: Run,
+    data: Manifest,
+    resources: Resources,
+    progress: Progress,
 ) -> dict[str, dict[str, float]]:
     """Times the models in a task that takes a whole node, so that nothing else of the run computes beside it."""
     import ray
@@ -138,7 +186,7 @@ def _report(
     config: Config,
     run: Run,
     data: Manifest,
-    sources: dict[str, ModelSource],
+    sources: dict[str, tuple[ModelSource, ...]],
     logits: dict[str, Logits],
     speed: dict[str, dict[str, float]],
     plan: Plan,
@@ -154,7 +202,7 @@ def _report(
             "agreement": float(measures.same(split["test"], teacher).mean()),
             "kl_to_teacher": measures.kl(teacher, split["test"]),
             **speed[name],
-            "size_bytes": _size_bytes(sources[name].folder()),
+            "size_bytes": sum(_size_bytes(source.folder()) for source in sources[name]),
         }
     comparison = measures.compare(
         labels["test"],
@@ -173,6 +221,8 @@ def _report(
         **models,
         **{name: getattr(comparison, name) for name in comparison.__dataclass_fields__},
         "agreement": models["student"]["agreement"],
+        "teacher_combine": config.teacher.combine if is_ensemble(config) else None,
+        "cross_fit": config.teacher.cross_fit,
         "teacher_temperature": teacher_temperature(config, run) if config.teacher.calibrate else None,
         "teacher_forwards_per_row": forwards_per_row(data, cache),
         "measured": {
@@ -202,7 +252,9 @@ def _size_bytes(folder: Path) -> int:
 
 
 def _fingerprints(run: Run, plan: Plan) -> dict[str, str]:
-    found = {part: manifest.fingerprint for part in PARTS if part != "report" and (manifest := run.complete(part))}
+    found = {
+        part: manifest.fingerprint for part in run.parts() if part != "report" and (manifest := run.complete(part))
+    }
     return {**found, "report": plan.fingerprint}
 
 

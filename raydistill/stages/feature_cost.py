@@ -22,6 +22,7 @@ from raydistill.stages.features import feature_terms
 from raydistill.stages.prepare import Surveyed
 from raydistill.stages.prepare import columns_of as text_columns
 from raydistill.stages.progress import duration, size
+from raydistill.stages.teachers import has_passes
 
 SAMPLED_ROWS = 1000
 # What a network disk gives when it is read in order; a local one gives several times as much.
@@ -39,7 +40,7 @@ class FeatureCost:
     forwards: int
     read_seconds: float
     forward_seconds: float
-    logits_stand: bool
+    logits_stand: bool  # or are made by other teachers than the one that has the features
 
     @property
     def recommended(self) -> str:
@@ -71,7 +72,7 @@ def feature_cost(config: Config, run: Run, surveyed: Surveyed | None, folder: Pa
     tokens_N = tokenise(load_tokenizer(folder, "teacher.model"), texts, config.data.max_length).lengths_N
     return cost_of(
         all_names(terms), shape_of(folder), tokens_N, rows=rows, epochs=config.train.epochs,
-        logits_stand=run.complete("cache") is not None,
+        logits_stand=run.complete("cache") is not None or has_passes(config),
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from raydistill.adapters import frozen_parameters, load_trained
 from raydistill.config import Config, Training
 from raydistill.data.feature_targets import cached_features
+from raydistill.data.folds import FoldRows
 from raydistill.data.loader import Batch, Split
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.tokens import ids_in, load_tokenizer
@@ -60,6 +61,7 @@ class TrainingJob:
     """One training. Every field can be sent to a worker."""
 
     role: str  # teacher, student or control
+    title: str  # what progress calls it: the part of the run that it makes
     config: Config
     settings: Training
     objective: Objective
@@ -77,6 +79,7 @@ class TrainingJob:
     start: str | None  # the fingerprint of a student's first weights, where they need rows of train
     folder: str
     product: str
+    rows: FoldRows | None  # of train, that it learns from; None: all
     courses: Mapping[str, Course] = field(default_factory=dict[str, Course])  # of the objective's numbers that change
 
 
@@ -160,7 +163,7 @@ class _Worker:
         from_cache = splits == self.job.splits and self.job.config.train.loss.features_from == "cache"
         return Split(
             store, splits, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length,
-            teacher_temperature=self.job.teacher_temperature,
+            teacher_temperature=self.job.teacher_temperature, rows=self.job.rows if "train" in splits else None,
             features=cached_features(store, self.job.objective.features) if from_cache else None,
         )  # fmt: skip
 
@@ -268,7 +271,7 @@ class _Worker:
         if len(broken):
             step = self.state.step - len(sums) + int(broken[0]) + 1
             raise UserError(
-                f"{self.job.role} training: the loss at step {step} is not finite."
+                f"{self.job.title} training: the loss at step {step} is not finite."
                 f" Lower {self._section()}.learning_rate,"
                 f" or set {self._section()}.precision=fp32"
             )
@@ -388,7 +391,8 @@ def build_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
     folder = job.source.folder()
     if job.role == "teacher":
         torch.manual_seed(job.settings.seed)
-        return start_classifier("teacher.model", folder, labels), load_tokenizer(folder, "teacher.model")
+        setting = job.source.setting
+        return start_classifier(setting, folder, labels), load_tokenizer(folder, setting)
     build = functools.partial(
         build_student, job.config.student, teacher_folder=folder, labels=labels, max_length=length,
         seed=job.settings.seed,

@@ -12,7 +12,7 @@ from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
 from raydistill.models import find_model
 from raydistill.record.lock import run_lock
-from raydistill.record.run import PARTS, Run, open_run
+from raydistill.record.run import Run, open_run, part_of
 from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.evaluate import evaluate
 from raydistill.stages.feature_cost import feature_cost
@@ -40,8 +40,8 @@ def run_stages(
             check_resources(config, stages, resources)
             check_plans(config, run, stages, resources)
             if redo:
-                for part, facts in PARTS.items():
-                    if facts.stage == redo:
+                for part in run.parts():
+                    if part_of(part).stage == redo:
                         run.set_aside(part)
             write_config(config, run)
             if "prepare" in stages:

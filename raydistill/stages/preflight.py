@@ -11,7 +11,8 @@ from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import ModelSource, check_length, check_task, find_model, label_order, refuse_adapter
+from raydistill.models import check_length, check_task, find_model, label_order, refuse_adapter
+from raydistill.record.commit import Manifest
 from raydistill.record.run import Run
 from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
@@ -21,7 +22,16 @@ from raydistill.stages.feature_cost import FeatureCost
 from raydistill.stages.features import feature_terms
 from raydistill.stages.prepare import mask_token
 from raydistill.stages.progress import size
-from raydistill.stages.teach import cache_plan, teacher_dtype, teacher_source
+from raydistill.stages.teach import cache_plan, teacher_dtype
+from raydistill.stages.teachers import (
+    check_member,
+    config_of,
+    folds_plan,
+    is_ensemble,
+    members,
+    teacher_source,
+    trainings,
+)
 from raydistill.stages.trainer import settings_of, training_plan
 from raydistill.students.sizes import check_architecture
 from raydistill.students.skeleton import student_skeleton
@@ -33,16 +43,13 @@ CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (
 def check_models(config: Config, run: Run, labels: list[str]) -> None:
     """Teacher and student against the data. Raises UserError for the first thing that does not fit."""
     folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
-    refuse_adapter("teacher.model", folder)
     tokenizer = load_tokenizer(folder, "teacher.model")
-    check_length("the teacher", folder, config.data.max_length)
-    if config.teacher.fine_tune is None:
-        label_order("teacher.model", folder, labels)
-        check_task("teacher.model", folder, config.task)
-    elif run.lender and run.plan("teacher") is None:
-        raise UserError(
-            "teacher.fine_tune: the run in teacher.cache_from did not fine-tune its teacher. Remove the section"
-        )
+    for start in dict.fromkeys(member.start for member in members(config)):
+        check_member(start, config.data.max_length)
+        if config.teacher.fine_tune is None:
+            label_order(start.setting, start.folder(), labels)
+            check_task(start.setting, start.folder(), config.task)
+    _check_lender(config, run)
     for name in ("temperature", "temperature_end"):
         temperature = getattr(config.train.loss, name)
         if temperature is not None and not CODECS[config.teacher.codec].covers(temperature):
@@ -61,7 +68,11 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.init != "config":
         length = config.data.max_length
         student_skeleton(config.student, teacher_folder=folder, labels=labels, max_length=length)
-    feature_terms(config, folder)
+    if feature_terms(config, folder) and is_ensemble(config):
+        raise UserError(
+            "train.loss.features: are those of one teacher, and this run has several. Remove them, or teacher.members"
+            " and teacher.fine_tune_seeds"
+        )
     if config.student.lora:
         check_adapters(config, folder, labels)
     check_lent_features(config, run, folder)
@@ -75,6 +86,20 @@ def _check_mask_token(config: Config, tokenizer: Any) -> None:
             f"data.augment.mask: texts are masked with the teacher's {token!r}, the student's mask token is"
             f" {tokenizer.mask_token!r}. Set data.augment.mask=0, or choose a student with the teacher's tokenizer"
         )
+
+
+def _check_lender(config: Config, run: Run) -> None:
+    """A run that uses another's cache trains no teacher, so that all of them stand there."""
+    if not run.lender or config.teacher.fine_tune is None:
+        return
+    if run.plan("teacher") is None:
+        raise UserError(
+            "teacher.fine_tune: the run in teacher.cache_from did not fine-tune its teacher. Remove the section"
+        )
+    for one in trainings(config):
+        if run.complete(one.part) is None:
+            where = run.home(one.part).where(one.part)
+            raise UserError(f"teacher.cache_from: {where}: is missing. Ask for the teachers that run has, or finish it")
 
 
 def check_resources(config: Config, stages: tuple[str, ...], resources: Resources) -> None:
@@ -99,12 +124,8 @@ def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Re
     data = run.complete("data")
     if data is None or stages == ("prepare",):
         return
-    if config.teacher.fine_tune is not None and not run.lender:
-        start = ModelSource("teacher.model", config.teacher.model, config.teacher.revision)
-        if "teach" in stages:
-            run.check("teacher", training_plan("teacher", config, run, resources, start))
-        if run.complete("teacher") is None:
-            return
+    if not run.lender and not _check_teachers(config, run, stages, data, resources):
+        return
     if "teach" in stages:
         run.check("cache", cache_plan(config, run, data, resources))
     teacher = teacher_source(config, run)
@@ -122,6 +143,19 @@ def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Re
         run.check("control", training_plan("control", config, run, resources, teacher))
 
 
+def _check_teachers(config: Config, run: Run, stages: tuple[str, ...], data: Manifest, resources: Resources) -> bool:
+    """Compares the plans of the folds and of every teacher that is trained here; whether all are complete."""
+    found = trainings(config)
+    if "teach" in stages and config.teacher.cross_fit is not None:
+        run.check("folds", folds_plan(config, data))
+    for one in found if "teach" in stages else ():
+        asked = config_of(config, one.member)
+        source, fold = one.member.start, one.without_fold
+        plan = training_plan("teacher", asked, run, resources, source, part=one.part, without_fold=fold)
+        run.check(one.part, plan)
+    return all(run.complete(one.part) is not None for one in found)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a run will do."""
@@ -131,24 +165,39 @@ class Cost:
     cache_bytes: int
     steps: dict[str, int]
     features: FeatureCost | None = None
+    teachers: int = 1
+    cross_fitted: tuple[int, int] = (0, 0)  # trainings without a fold, and their optimiser steps
+    pass_bytes: int = 0
 
     def lines(self) -> list[str]:
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
         return [
             "rows: " + ", ".join(f"{count:,} {split}" for split, count in self.rows.items()),
-            f"teacher forwards for the cache: {self.teacher_forwards:,} rows, once each",
-            f"cache: {size(self.cache_bytes)}",
+            *self._teacher_lines(),
+            f"cache: {size(self.cache_bytes)}"
+            + (f", and {size(self.pass_bytes)} that it is made of" if self.pass_bytes else ""),
             f"optimiser steps at most: {steps}",
             *(self.features.lines() if self.features else []),
         ]
+
+    def _teacher_lines(self) -> list[str]:
+        often = "once each" if self.teachers == 1 else f"once by each of {self.teachers} teachers"
+        lines = [f"teacher forwards for the cache: {self.teacher_forwards:,} rows, {often}"]
+        if trained := self.cross_fitted[0]:
+            lines.append(
+                f"cross-fitted teachers: {trained}, each trained without a fold of train, about"
+                f" {self.cross_fitted[1]:,} optimiser steps beside those below"
+            )
+        return lines
 
 
 def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCost | None = None) -> Cost:
     """The cost of a run over these rows."""
     per_class, per_row = CODEC_BYTES[config.teacher.codec]
-    forwards = sum(count for split, count in rows.items() if split != "test")
+    scored = sum(count for split, count in rows.items() if split != "test")
     learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
-    steps = {}
+    teachers, folds = len(members(config)), config.teacher.cross_fit or 0
+    steps, without_fold = {}, 0
     for role in ("teacher", "student", "control"):
         if (role == "teacher" and config.teacher.fine_tune is None) or (
             role == "control" and not config.evaluate.control
@@ -157,4 +206,18 @@ def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCo
         settings, _ = settings_of(config, role)
         of_role = rows["train"] if role == "teacher" else learnt
         steps[role] = settings.epochs * steps_per_epoch(of_role, settings.batch_size)
-    return Cost(rows, forwards, forwards * (classes * per_class + per_row), steps, features)
+        if role == "teacher":
+            steps[role] *= teachers
+            for fold in range(folds):
+                kept = rows["train"] - len(range(fold, rows["train"], folds))
+                without_fold += teachers * settings.epochs * steps_per_epoch(kept, settings.batch_size)
+    return Cost(
+        rows,
+        teacher_forwards=scored * teachers,
+        cache_bytes=scored * (classes * per_class + per_row),
+        steps=steps,
+        features=features,
+        teachers=teachers,
+        cross_fitted=(teachers * folds, without_fold),
+        pass_bytes=4 * classes * scored * teachers if teachers > 1 or folds else 0,
+    )

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from raydistill.cache.shards import write_logits
+from raydistill.data.folds import FoldRows
 from raydistill.data.shards import DataShard, read_shard
 from raydistill.data.tokens import Tokens, load_tokenizer, pack_by_length, pad, tokenise
 from raydistill.errors import UserError, storage_problem
@@ -48,6 +49,7 @@ class ScoringJob:
     max_length: int
     tokens_per_batch: int | None
     features: FeatureOutput | None = None  # written beside the logits by the same forward
+    rows: FoldRows | None = None  # of each shard; absent: all
 
 
 class Scorer:
@@ -66,6 +68,7 @@ class Scorer:
         self._model.requires_grad_(False)
         self._features = FeatureScorer(job.features, self._model, self._output) if job.features else None
         self._versions = self._written_counts()
+        self._rows = job.rows.open() if job.rows else None
         self._forward = threading.Lock()
 
     def score_shard(self, entry: Entry) -> tuple[Entry, dict[str, float]]:
@@ -80,6 +83,8 @@ class Scorer:
         if standing is not None and (kept or not features):
             return standing, {"seconds": 0.0, "tokens": 0.0, "at_max_length": 0, **_of_features(kept)}
         rows = read_shard(self._data, entry)
+        if self._rows:
+            rows = rows.where(self._rows.chosen(rows))
         tokens = tokenise(self._tokenizer, rows.texts, self._job.max_length)
         with features.writing(rows, tokens) if features and not kept else contextlib.nullcontext() as writer:
             with self._forward:
@@ -207,14 +212,14 @@ def score(
 
     Raises UserError for what a worker found wrong, Interrupted after a signal; committed shards stay in both cases.
     """
-    wanted = [[entry for split in splits[job.folder] for entry in data.shards(split)] for job in jobs]
-    done = [_committed(job, entries) for job, entries in zip(jobs, wanted, strict=True)]
-    features = [_committed_features(job, entries) for job, entries in zip(jobs, wanted, strict=True)]
+    wanted = [_wanted(job, data, splits[job.folder]) for job in jobs]
+    done = [_committed(job, list(counts)) for job, counts in zip(jobs, wanted, strict=True)]
+    features = [_committed_features(job, list(counts)) for job, counts in zip(jobs, wanted, strict=True)]
     totals: list[dict[str, float]] = [dict.fromkeys(TOTALS, 0.0) for _ in jobs]
     missing = [
-        {"job": number, **asdict(entry)}
-        for number, entries in enumerate(wanted)
-        for entry in entries
+        {"job": number, "expected": count, **asdict(entry)}
+        for number, counts in enumerate(wanted)
+        for entry, count in counts.items()
         if entry.file not in done[number] or (entry.file, None) in features[number].items()
     ]
     kept, started, rows = sum(map(len, wanted)) - len(missing), time.monotonic(), 0
@@ -231,13 +236,22 @@ def score(
         for name in TOTALS:
             totals[record["job"]][name] += record[name]
         rows += record["rows"]
-        progress.counts(what, rows, sum(m["rows"] for m in missing), "rows", started)
+        progress.counts(what, rows, sum(task["expected"] for task in missing), "rows", started)
         progress.check()
     new = [{task["file"] for task in missing if task["job"] == number} for number in range(len(jobs))]
     return [
         Scored([d[e.file] for e in w], [d[e.file] for e in w if e.file in n], t, [x for x in f.values() if x])
         for w, d, f, n, t in zip(wanted, done, features, new, totals, strict=True)
     ]
+
+
+def _wanted(job: ScoringJob, data: Manifest, splits: tuple[str, ...]) -> dict[Entry, int]:
+    """The data shards that have rows for the job, in order, and how many."""
+    entries = [entry for split in splits for entry in data.shards(split)]
+    if job.rows is None:
+        return {entry: entry.rows for entry in entries}
+    rows = job.rows.open()
+    return {entry: count for entry in entries if (count := rows.count(entry.file))}
 
 
 def _committed(job: ScoringJob, entries: list[Entry]) -> dict[str, Entry]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raydistill.config import Config
-from raydistill.record.run import PARTS, Run
+from raydistill.record.run import PARTS, Run, part_of
 from raydistill.stages.checkpoints import Checkpoints
+from raydistill.stages.teachers import trainings
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,19 @@ def standings(run: Run, config: Config) -> list[Standing]:
 def expected_parts(config: Config) -> list[str]:
     """The parts of a run that its config asks for, in order."""
     wanted = {
+        "folds": config.teacher.cross_fit is not None,
         "teacher": config.teacher.fine_tune is not None,
         "features": config.train.loss.features_from == "cache",
         "calibration": config.teacher.calibrate,
         "control": config.evaluate.control,
     }
-    return [part for part in PARTS if wanted.get(part, True)]
+    teachers = [one.part for one in trainings(config)]
+    found = [part for part in PARTS if wanted.get(part, True)]
+    return [name for part in found for name in (teachers if part == "teacher" else [part])]
 
 
 def _standing(run: Run, part: str) -> Standing:
-    facts, manifest, plan = PARTS[part], run.complete(part), run.plan(part)
+    facts, manifest, plan = part_of(part), run.complete(part), run.plan(part)
     if manifest is not None:
         if "temperature" in manifest.facts:
             return Standing(part, facts.stage, "complete", f"temperature {manifest.facts['temperature']:g}")

@@ -1,7 +1,8 @@
 """Stage teach: the teacher, fine-tuned here when it is asked for, scores train and validation once; test it never sees.
 
 What it writes is the teacher cache: one shard of logits for each data shard, and one of features for each shard
-that the student learns from where the config wants them cached; one forward makes both.
+that the student learns from where the config wants them cached; one forward makes both. With several teachers there is
+one cache of their mean, and with cross-fitting each train row is scored by a teacher that has not learned from it.
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ from typing import Any
 
 from raydistill.config import Config
 from raydistill.data.tokens import load_tokenizer
-from raydistill.models import ModelSource, check_length, label_order, model_identity
-from raydistill.record.commit import Manifest, commit_manifest
+from raydistill.models import check_length, label_order, model_identity
+from raydistill.record.commit import Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
-from raydistill.record.run import PARTS, Run
+from raydistill.record.run import Run
 from raydistill.stages.calibration import calibrate
 from raydistill.stages.cluster import Resources, gains_from_bf16, share_for_actors
 from raydistill.stages.feature_cache import commit_features, feature_output, features_plan
 from raydistill.stages.feature_scoring import FeatureOutput
+from raydistill.stages.passes import features_pass, make_folds, score_passes
 from raydistill.stages.progress import Progress, size
-from raydistill.stages.scoring import ScoringJob, score
+from raydistill.stages.scoring import Scored, ScoringJob, score
+from raydistill.stages.teachers import config_of, has_passes, members, targets_inputs, teacher_source, trainings
 from raydistill.stages.trainer import train_model
 
 SPLITS = ("train", "validation", "unlabelled", "augmented")  # one that the data do not have adds nothing
@@ -41,9 +44,8 @@ def _teach(config: Config, run: Run, resources: Resources, progress: Progress) -
     data = run.require("data")
     if run.lender:
         run.require("cache")
-    if config.teacher.fine_tune is not None and not run.lender:
-        start = ModelSource("teacher.model", config.teacher.model, config.teacher.revision)
-        train_model("teacher", config, run, resources, progress, source=start)
+    else:
+        _train_teachers(config, run, resources, progress)
     plan = cache_plan(config, run, data, resources)
     manifest = run.begin("cache", plan)
     output = _missing_features(config, run, data, resources)
@@ -54,35 +56,63 @@ def _teach(config: Config, run: Run, resources: Resources, progress: Progress) -
     job = teacher_job(
         config, run, data, folder="teacher/cache", fingerprint=plan.fingerprint, dtype=plan.inputs["teacher.dtype"]
     )
-    (scored,) = score([replace(job, features=output)], data, {job.folder: SPLITS}, share, progress, "teach")
+    if not has_passes(config):
+        scored = score([replace(job, features=output)], data, {job.folder: SPLITS}, share, progress, "teach")
+        entries, features = scored[0].entries, scored[0].features
+    else:
+        entries, scored = ([], []) if manifest else score_passes(config, run, data, job, SPLITS, share, progress)
+        features = features_pass(run, data, job, output, share, progress) if output else []
     if output is not None:
-        made = commit_features(run, output, scored.features)
-        facts, total = made.facts, sum(entry.size for entry in made.files)
-        progress.say(
-            f"teach: features of {facts['rows']:,} rows, {facts['bytes_per_row']:,.0f} bytes a row, {size(total)}"
-        )
-    if manifest is not None:
-        return manifest
-    entries, totals = scored.entries, scored.totals
+        _commit_features(run, output, features, progress)
+    return manifest or _commit_cache(config, run, data, plan, entries, scored, progress)
+
+
+def _train_teachers(config: Config, run: Run, resources: Resources, progress: Progress) -> None:
+    """Every fine-tuning that the config asks for, one after the other; what is complete is kept."""
+    if config.teacher.cross_fit is not None:
+        make_folds(config, run, progress)
+    for one in trainings(config):
+        train_model(
+            "teacher", config_of(config, one.member), run, resources, progress,
+            source=one.member.start, part=one.part, without_fold=one.without_fold,
+        )  # fmt: skip
+
+
+def _commit_features(run: Run, output: FeatureOutput, entries: list[Entry], progress: Progress) -> None:
+    made = commit_features(run, output, entries)
+    facts, total = made.facts, sum(entry.size for entry in made.files)
+    progress.say(f"teach: features of {facts['rows']:,} rows, {facts['bytes_per_row']:,.0f} bytes a row, {size(total)}")
+
+
+def _commit_cache(
+    config: Config,
+    run: Run,
+    data: Manifest,
+    plan: Plan,
+    entries: list[Entry],
+    scored: list[Scored],
+    progress: Progress,
+) -> Manifest:
+    """The manifest of the cache, which says how often a teacher ran."""
     rows = sum(entry.rows for entry in entries)
+    kept = sum(entry.rows for one in scored for entry in one.entries) - sum(e.rows for one in scored for e in one.made)
+    forwards = kept + int(sum(one.totals["rows"] for one in scored))
     facts = {
         "codec": config.teacher.codec,
         "classes": len(data.facts["labels"]),
         "labels": data.facts["labels"],
         "temperatures": "any",
         "rows": rows,
-        "forwards": rows - sum(e.rows for e in scored.made) + int(totals["rows"]),
+        "forwards": forwards,
         "bytes_per_row": sum(entry.size for entry in entries) / rows,
     }
     manifest = commit_manifest(run.store, "teacher/cache", plan.fingerprint, entries, facts)
+    passes = len(scored) // len(members(config))
+    cut = [sum(one.totals["at_max_length"] for one in scored[n : n + passes]) for n in range(0, len(scored), passes)]
     progress.say(
-        f"teach: {rows:,} rows cached, one teacher forward each, {facts['bytes_per_row']:.0f} bytes a row,"
-        f" {size(sum(e.size for e in entries))}"
-        + (
-            f"; {int(totals['at_max_length']):,} rows reach max_length and may be cut"
-            if totals["at_max_length"]
-            else ""
-        )
+        f"teach: {rows:,} rows cached, {forwards / rows:g} teacher forward{'s' if forwards != rows else ''} each,"
+        f" {facts['bytes_per_row']:.0f} bytes a row, {size(sum(e.size for e in entries))}"
+        + (f"; {int(max(cut)):,} rows reach max_length and may be cut" if max(cut) else "")
     )
     return manifest
 
@@ -94,18 +124,6 @@ def _missing_features(config: Config, run: Run, data: Manifest, resources: Resou
     if plan is None or run.begin("features", plan) is not None:
         return None
     return feature_output(plan, folder)
-
-
-def teacher_source(config: Config, run: Run) -> ModelSource:
-    """The teacher that scores: fine-tuned here, or as the user gave it."""
-    if config.teacher.fine_tune is not None:
-        return made_here("teacher", run)
-    return ModelSource("teacher.model", config.teacher.model, config.teacher.revision)
-
-
-def made_here(part: str, run: Run) -> ModelSource:
-    """A model that a training of the run wrote."""
-    return ModelSource(f"the {part}", PARTS[part].product, store_url=run.home(part).root)
 
 
 def teacher_job(config: Config, run: Run, data: Manifest, *, folder: str, fingerprint: str, dtype: str) -> ScoringJob:
@@ -152,4 +170,5 @@ def cache_inputs(config: Config, run: Run, data: Manifest, dtype: str) -> dict[s
         "data.max_length": config.data.max_length,
         "teacher.codec": config.teacher.codec,
         "teacher.dtype": dtype,
+        **targets_inputs(config, run, data),
     }

@@ -7,7 +7,7 @@ from raydistill.record.commit import Manifest
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources
 from raydistill.stages.progress import Progress
-from raydistill.stages.teach import teacher_source
+from raydistill.stages.teachers import teacher_source
 from raydistill.stages.trainer import train_model
 
 

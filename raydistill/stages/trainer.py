@@ -20,6 +20,7 @@ from raydistill.config import (
     Training,
     identity,
 )
+from raydistill.data.folds import FoldRows
 from raydistill.data.shards import LABELLED_SPLITS, STUDENT_SPLITS
 from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.losses.courses import Course
@@ -27,7 +28,7 @@ from raydistill.losses.objective import Objective
 from raydistill.models import ModelSource, find_model, model_identity
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
-from raydistill.record.run import PARTS, Run
+from raydistill.record.run import Run, part_of
 from raydistill.record.store import LocalStore, open_store
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import (
@@ -41,6 +42,7 @@ from raydistill.stages.cluster import (
 from raydistill.stages.features import feature_terms
 from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
+from raydistill.stages.teachers import folds_plan
 from raydistill.students.build import needs_rows
 
 POLL_SECONDS = 0.2
@@ -56,25 +58,35 @@ def settings_of(config: Config, role: str) -> tuple[Training, str]:
 
 
 def train_model(
-    role: str, config: Config, run: Run, resources: Resources, progress: Progress, *, source: ModelSource
+    role: str,
+    config: Config,
+    run: Run,
+    resources: Resources,
+    progress: Progress,
+    *,
+    source: ModelSource,
+    part: str = "",
+    without_fold: int | None = None,
 ) -> Manifest:
-    """Trains the teacher, the student or its control, and writes it in Hugging Face form; the manifest of its folder.
+    """Trains a teacher, the student or its control, and writes it in Hugging Face form; the manifest of its folder.
 
-    What stands complete for the same inputs is kept; a training that was stopped goes on from its last checkpoint.
-    Raises UserError for what the user can mend, Interrupted after a signal, with the state saved.
+    `part` is the part of the run that it becomes, where that is not named as its role; a teacher may be trained without
+    a fold of train. What stands complete for the same inputs is kept; a training that was stopped goes on from its last
+    checkpoint. Raises UserError for what the user can mend, Interrupted after a signal, with the state saved.
     """
     settings, section = settings_of(config, role)
+    part = part or role
     share = share_for_training(resources, settings, section)
-    plan = training_plan(role, config, run, resources, source)
-    if (manifest := run.begin(role, plan)) is not None:
-        progress.say(f"{role}: complete, {_result(manifest)}")
+    plan = training_plan(role, config, run, resources, source, part=part, without_fold=without_fold)
+    if (manifest := run.begin(part, plan)) is not None:
+        progress.say(f"{part}: complete, {_result(manifest)}")
         return manifest
     precision = plan.inputs["precision"]
     check_precision(resources, precision, section)
-    job = training_job(role, config, run, plan, source)
+    job = training_job(role, config, run, plan, source, part=part, without_fold=without_fold)
     _fit(job, share.processes, {"CPU": share.cpus, "GPU": share.gpus}, resources, progress)
-    manifest = run.require(role)
-    progress.say(f"{role}: {_result(manifest)}, {manifest.facts['parameters']:,} parameters")
+    manifest = run.require(part)
+    progress.say(f"{part}: {_result(manifest)}, {manifest.facts['parameters']:,} parameters")
     return manifest
 
 
@@ -86,12 +98,24 @@ def _result(manifest: Manifest) -> str:
     )
 
 
-def training_plan(role: str, config: Config, run: Run, resources: Resources, source: ModelSource) -> Plan:
+def training_plan(
+    role: str,
+    config: Config,
+    run: Run,
+    resources: Resources,
+    source: ModelSource,
+    *,
+    part: str = "",
+    without_fold: int | None = None,
+) -> Plan:
     """Everything that determines a training's result."""
     settings, section = settings_of(config, role)
     inputs: dict[str, Any] = {"data": run.require("data").fingerprint, "data.max_length": config.data.max_length}
     if role == "teacher":
         inputs["teacher.model"] = model_identity(source.folder())
+        if without_fold is not None:
+            folds = folds_plan(config, run.require("data")).fingerprint
+            inputs |= {"teacher.folds": folds, "without_fold": without_fold}
     else:
         inputs |= student_inputs(config, source)
     if role == "student":
@@ -104,7 +128,7 @@ def training_plan(role: str, config: Config, run: Run, resources: Resources, sou
     inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
     if role == "control":
         inputs[f"{section}.loss.label_smoothing"] = config.train.loss.label_smoothing
-    inputs["precision"] = resolve_precision(settings, run.plan(role), resources)
+    inputs["precision"] = resolve_precision(settings, run.plan(part or role), resources)
     return Plan(role, inputs)
 
 
@@ -145,10 +169,19 @@ def resolve_precision(settings: Training, standing: Plan | None, resources: Reso
     return "bf16" if gains_from_bf16(resources) else "fp32"
 
 
-def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelSource) -> TrainingJob:
+def training_job(
+    role: str,
+    config: Config,
+    run: Run,
+    plan: Plan,
+    source: ModelSource,
+    *,
+    part: str = "",
+    without_fold: int | None = None,
+) -> TrainingJob:
     """The plan as what a worker is sent."""
     settings, _ = settings_of(config, role)
-    response = response_kind("forward_kl", config.task)
+    part, response = part or role, response_kind("forward_kl", config.task)
     objective, courses = Objective(kind=response), {}
     if isinstance(settings, Train):
         smoothing = settings.loss.label_smoothing
@@ -162,14 +195,18 @@ def training_job(role: str, config: Config, run: Run, plan: Plan, source: ModelS
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
     data = run.require("data")
     counted = data.shards(*(LABELLED_SPLITS if role == "teacher" else STUDENT_SPLITS))
+    rows = None if without_fold is None else FoldRows(run.home("folds").root, without_fold, inside=False)
+    epoch_rows = (
+        sum(e.rows for e in counted) if rows is None else sum(map(rows.open().count, (e.file for e in counted)))
+    )
     return TrainingJob(
         role=role, config=config, settings=settings, objective=objective, metric=metric,
         precision=plan.inputs["precision"], labels=tuple(data.facts["labels"]), fingerprint=plan.fingerprint,
         run_url=run.store.root, data_url=run.home("data").root, uses_cache=role == "student",
-        splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS, epoch_rows=sum(e.rows for e in counted),
+        splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS, epoch_rows=epoch_rows,
         source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
-        folder=PARTS[role].folder, product=PARTS[role].product, courses=courses,
+        title=part, folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
     )  # fmt: skip
 
 
@@ -227,7 +264,7 @@ def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resour
     thread = threading.Thread(target=fit, daemon=True, name="fit")
     thread.start()
     progress.say(
-        f"{job.role}: starting {workers} worker{'s' if workers > 1 else ''}, {each['CPU']} CPU each, {job.precision}"
+        f"{job.title}: starting {workers} worker{'s' if workers > 1 else ''}, {each['CPU']} CPU each, {job.precision}"
     )
     _watch(job, thread, mailbox, progress)
     _clear(job, scratch)
@@ -238,7 +275,7 @@ def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resour
         raise UserError(value["problem"])
     if value["outcome"] == "stopped":
         stop = Interrupted(progress.signal)
-        progress.say(f"{job.role}: stopped by {stop}, state saved at step {value['step']:,}")
+        progress.say(f"{job.title}: stopped by {stop}, state saved at step {value['step']:,}")
         raise stop
 
 
@@ -264,7 +301,7 @@ def _watch(job: TrainingJob, thread: threading.Thread, mailbox: Any, progress: P
             asked = time.monotonic()
             mailbox.stop.remote()
         if asked is not None and time.monotonic() - asked > GRACE_SECONDS:
-            progress.say(f"{job.role}: the workers did not stop in time; the last checkpoint counts")
+            progress.say(f"{job.title}: the workers did not stop in time; the last checkpoint counts")
             raise Interrupted(progress.signal)
 
 
@@ -277,23 +314,23 @@ class _Reader:
         self._started = time.monotonic()
 
     def show(self, update: dict[str, Any]) -> None:
-        role, progress = self._job.role, self._progress
+        title, progress = self._job.title, self._progress
         if "going_on_from" in update:
             self._first = update["going_on_from"]
-            progress.say(f"{role}: going on from step {self._first:,}")
+            progress.say(f"{title}: going on from step {self._first:,}")
         elif "warning" in update:
-            progress.say(f"{role}: warning: {update['warning']}")
+            progress.say(f"{title}: warning: {update['warning']}")
         elif "steps" in update:
             self._total, self._per_epoch, self._started = update["steps"], update["per_epoch"], time.monotonic()
         elif "validation" in update:
             values = ", ".join(f"{name} {value:.4f}" for name, value in update["validation"].items())
             epoch = update["step"] / self._per_epoch
             mark = " (best so far)" if update["best"] else ""
-            progress.say(f"{role}: epoch {epoch:.3g}, step {update['step']:,}: {values}{mark}")
+            progress.say(f"{title}: epoch {epoch:.3g}, step {update['step']:,}: {values}{mark}")
         else:
             facts = f"loss {update['loss']:.4f}, {update['rows_per_second']:,.0f} rows/s"
             done, total = update["step"] - self._first, self._total - self._first
-            progress.counts(role, done, total, "steps", self._started, facts)
+            progress.counts(title, done, total, "steps", self._started, facts)
 
 
 def _ray_storage(job: TrainingJob, scratch: str) -> dict[str, Any]:
