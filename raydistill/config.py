@@ -228,6 +228,11 @@ class Teacher(Section):
     combine: Literal["logits", "probabilities"] = Field(
         default="logits", description="what the mean of several teachers is taken of"
     )
+    features_of: int | None = Field(
+        default=None, ge=0,
+        description="which of several teachers train.loss.features are learned from: 0 is model, then members in order;"
+        " with fine_tune_seeds each of them counts once for each seed",
+    )  # fmt: skip
     actors: int | None = Speed(None, ge=1, description="absent: as many as the cluster has room for")
     cpus_per_actor: int = Speed(1, ge=1)
     tokens_per_batch: int | None = Speed(None, ge=1, le=1 << 31, description="absent: 512 on CPU, 16384 on GPU")
@@ -255,6 +260,11 @@ class Teacher(Section):
             raise ValueError("weight means nothing without members; remove it")
         if self.combine != type(self).model_fields["combine"].default and not self.members and seeds is None:
             raise ValueError("combine means nothing with one teacher; remove it, or set members or fine_tune_seeds")
+        teachers = (1 + len(self.members)) * len(seeds or (0,))
+        if self.features_of is not None and teachers == 1:
+            raise ValueError("features_of means nothing with one teacher; remove it")
+        if self.features_of is not None and self.features_of >= teachers:
+            raise ValueError(f"features_of: found {self.features_of}, the {teachers} teachers are 0 to {teachers - 1}")
         return self
 
 

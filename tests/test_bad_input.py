@@ -317,7 +317,18 @@ TEACHER_CASES: list[tuple[str, list[Change], list[str]]] = [
       TUNED, "teacher.members=[{model: ./short}]"], ["data.max_length: found 16", "takes at most 8"]),
     ("features of several teachers",
      [TUNED, "teacher.fine_tune_seeds=[0, 1]", "train.loss.features=[{kind: hidden_mse}]"],
-     ["train.loss.features: are those of one teacher, and this run has several"]),
+     ["train.loss.features: are those of one teacher, and this run has 2. Name it: teacher.features_of=0"]),
+    ("features of a teacher that is not there", [TUNED, "teacher.fine_tune_seeds=[0, 1]", "teacher.features_of=2"],
+     ["teacher: features_of: found 2, the 2 teachers are 0 to 1"]),
+    ("features of one of one teacher", ["teacher.features_of=0"], ["features_of means nothing with one teacher"]),
+    ("features of none", [TUNED, "teacher.fine_tune_seeds=[0, 1]", "teacher.features_of=1"],
+     ["teacher.features_of: means nothing without train.loss.features"]),
+    ("features of a teacher with other tokens",
+     [lambda place: write_new_bert(place / "other", [WORDS[::-1]] * 2, hidden_size=16, layers=2, heads=2,
+                                   vocabulary=64, positions=32),
+      TUNED, "teacher.members=[{model: ./other}]", "teacher.features_of=1",
+      "train.loss.features=[{kind: hidden_mse}]"],
+     ["train.loss.features: ", "has another tokenizer than the teacher"]),
 ]  # fmt: skip
 
 

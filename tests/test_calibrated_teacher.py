@@ -33,19 +33,19 @@ HALF = {"data.validation": 0.4, "teacher.codec": "dense-float16"}  # enough rows
 def taught(runs: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run with data and cache of a teacher that knows something, and the settings that go on with it."""
     tuning = {"epochs": 12, "learning_rate": 1e-2, "precision": "fp32", "choose": "last", "batch_size": 8}
-    first = runs.folder / "tuned"
+    first = runs.folder / "calibrated-tuned"
     answer = runs.run(first, "prepare", "teach", changes={**HALF, "teacher.fine_tune": tuning})
     assert answer["error"] is None
     model = tmp_path_factory.mktemp("teacher") / "model"
     shutil.copytree(first / "teacher/model", model)
     settings = {**HALF, "teacher.model": str(model)}
-    folder = runs.folder / "taught"
+    folder = runs.folder / "calibrated-taught"
     assert runs.run(folder, "prepare", "teach", changes=settings)["error"] is None
     return folder, settings
 
 
 def copied(taught: tuple[Path, dict[str, Any]], name: str) -> Path:
-    folder = taught[0].parent / name
+    folder = taught[0].parent / f"calibrated-{name}"
     shutil.copytree(taught[0], folder)
     return folder
 
@@ -78,7 +78,7 @@ def student(folder: Path) -> bytes:
 
 @pytest.fixture(scope="module")
 def calibrated(runs: SmallRuns, taught) -> Path:
-    folder = copied(taught, "calibrated")
+    folder = copied(taught, "whole")
     answer = runs.run(folder, "teach", "train", "evaluate", changes={**taught[1], **CALIBRATED})
     assert answer["error"] is None
     assert answer["scored"][:1] == ["validation-00000.parquet"]  # by evaluate: the cache stands
@@ -124,7 +124,7 @@ def test_the_student_is_that_of_a_teacher_whose_head_was_divided(
         weights[name] = weights[name] / temperature_of(calibrated)
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     settings = {**taught[1], "teacher.model": str(tmp_path / "model")}
-    divided, raw = runs.folder / "divided-head", copied(taught, "raw")
+    divided, raw = runs.folder / "calibrated-divided-head", copied(taught, "raw")
     assert runs.run(divided, "prepare", "teach", "train", changes=settings)["error"] is None
     assert runs.run(raw, "train", changes=taught[1])["error"] is None
     # The head's logits are rounded to float16 after the division, the cache's before it.
@@ -185,7 +185,7 @@ def test_students_with_and_without_it_are_not_confused(runs: SmallRuns, taught, 
 def test_a_cache_that_is_lent_is_calibrated_by_its_borrower(runs: SmallRuns, taught, calibrated: Path):
     lender = copied(taught, "lender")
     before = {path: path.read_bytes() for path in lender.rglob("*") if path.is_file()}
-    folder = runs.folder / "borrower"
+    folder = runs.folder / "calibrated-borrower"
     settings = {**taught[1], **CALIBRATED, "teacher.cache_from": str(lender)}
     answer = runs.run(folder, "prepare", "teach", "train", changes=settings)
     assert answer["error"] is None

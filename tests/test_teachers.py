@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from raydistill.cache.shards import read_logits
 from raydistill.cli import _main
 from raydistill.data.shards import read_shard
+from raydistill.models import model_identity
 from raydistill.record.commit import Manifest, read_manifest
 from raydistill.record.run import Run, leftovers, verify
 from raydistill.record.store import LocalStore
@@ -198,7 +199,7 @@ def test_a_lender_lends_its_cross_fitted_cache_to_one_that_asks_for_the_same(run
 
 @pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.8, 0.9, 0.97])
 def test_cross_fitting_killed_anywhere_goes_on_to_the_same_bytes(runs: SmallRuns, crossed, share: float):
-    folder = runs.folder / f"killed-{share}"
+    folder = runs.folder / f"crossed-killed-{share}"
     folder.mkdir()
     shutil.copytree(crossed[0] / "data", folder / "data")
     operations = crossed[1]["operations"]
@@ -337,7 +338,7 @@ def test_an_ensemble_killed_while_its_members_score_or_are_merged_goes_on(runs: 
 
 
 def test_seeds_and_folds_together(runs: SmallRuns):
-    folder = runs.folder / "seeds"
+    folder = runs.folder / "teachers-seeds"
     changes = {**CROSS_FITTED, "teacher.fine_tune_seeds": [0, 5]}
     answer = runs.run(folder, "prepare", "teach", changes=changes)
     assert answer["error"] is None
@@ -354,3 +355,36 @@ def test_seeds_and_folds_together(runs: SmallRuns):
     plans = [Run(LocalStore(str(folder))).plan(part) for part in ("teacher", "teacher/member-1")]
     assert [plan and plan.inputs["teacher.fine_tune.seed"] for plan in plans] == [0, 5]
     assert manifest_of(folder, "teacher/cache").facts["forwards"] == 2 * 60
+
+
+def test_features_are_those_of_the_named_member_beside_the_training_or_cached(runs: SmallRuns):
+    folder = runs.folder / "teachers-named"
+    seeds = {"teacher.fine_tune": TUNING, "teacher.fine_tune_seeds": [0, 5]}
+    assert runs.run(folder, "prepare", "teach", changes=seeds)["error"] is None
+    features = {"train.loss.features": [{"kind": "hidden_mse", "layers": [[0, 0]]}], "train.log_every": 1}
+    curves, weights = {}, {}
+    for name, settings in {
+        "beside": {"teacher.features_of": 1},
+        "cached": {"teacher.features_of": 1, "train.loss.features_from": "cache"},
+        "other": {"teacher.features_of": 0},
+    }.items():
+        place = runs.folder / f"teachers-named-{name}"
+        shutil.copytree(folder, place)
+        answer = runs.run(place, "teach", "train", changes={**seeds, **features, **settings})
+        assert answer["error"] is None
+        assert len(answer["scored"]) == (4 if name == "cached" else 0)  # the student's shards, once more, by one member
+        points = map(json.loads, (place / "train/metrics.jsonl").read_text().splitlines())
+        curves[name] = [point["hidden_mse"] for point in points if "hidden_mse" in point]
+        weights[name] = (place / "student/model.safetensors").read_bytes()
+    assert len(curves["beside"]) == 8
+    assert curves["cached"] == pytest.approx(curves["beside"], rel=2e-3)
+    assert curves["other"][0] != pytest.approx(curves["beside"][0], rel=2e-3)
+    assert weights["other"] != weights["beside"]
+    cached = Run(LocalStore(str(runs.folder / "teachers-named-cached")))
+    plan, manifest = cached.plan("features"), cached.require("features")
+    assert plan is not None
+    assert plan.inputs["teacher"] == model_identity(folder / "teacher/member-1/model")
+    assert sum(entry.rows for entry in manifest.files) == len(rows_of(folder, "train")[0])
+    assert verify(cached)[1] == []
+    refused = runs.run(runs.folder / "teachers-named-other", "train", changes={**seeds, **features, "teacher.features_of": 1})
+    assert "teacher.features_of: was made with 0, now asked for 1" in refused["error"]

@@ -18,6 +18,7 @@ from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run
 from raydistill.stages.feature_scoring import FeatureOutput
 from raydistill.stages.features import feature_terms
+from raydistill.stages.teachers import feature_source
 
 
 def needed_features(config: Config, teacher_folder: Path) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ def features_plan(config: Config, run: Run, data: Manifest, teacher_folder: Path
     check_lent_features(config, run, teacher_folder)
     inputs = {
         "data": data.fingerprint,
-        "teacher": model_identity(teacher_folder),
+        "teacher": model_identity(feature_source(config, run).folder()),
         "data.max_length": config.data.max_length,
         "teacher.dtype": dtype,
         "teacher.features_codec": config.teacher.features_codec,

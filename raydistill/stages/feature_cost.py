@@ -22,7 +22,7 @@ from raydistill.stages.features import feature_terms
 from raydistill.stages.prepare import Surveyed
 from raydistill.stages.prepare import columns_of as text_columns
 from raydistill.stages.progress import duration, size
-from raydistill.stages.teachers import has_passes
+from raydistill.stages.teachers import feature_folder, has_passes
 
 SAMPLED_ROWS = 1000
 # What a network disk gives when it is read in order; a local one gives several times as much.
@@ -68,10 +68,11 @@ def feature_cost(config: Config, run: Run, surveyed: Surveyed | None, folder: Pa
     terms = feature_terms(config, folder)
     if not terms:
         return None
+    own = feature_folder(config, folder)
     texts = list(islice(_texts(config, run, surveyed), SAMPLED_ROWS))
-    tokens_N = tokenise(load_tokenizer(folder, "teacher.model"), texts, config.data.max_length).lengths_N
+    tokens_N = tokenise(load_tokenizer(own, "teacher.model"), texts, config.data.max_length).lengths_N
     return cost_of(
-        all_names(terms), shape_of(folder), tokens_N, rows=rows, epochs=config.train.epochs,
+        all_names(terms), shape_of(own), tokens_N, rows=rows, epochs=config.train.epochs,
         logits_stand=run.complete("cache") is not None or has_passes(config),
     )  # fmt: skip
 

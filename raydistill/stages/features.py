@@ -11,6 +11,7 @@ from raydistill.feature_tap import ARCHITECTURES
 from raydistill.losses.feature_objective import FEATURE_LOSSES, FeatureTerm
 from raydistill.losses.layer_maps import layer_map
 from raydistill.models import Shape, find_model, shape_of, tokenizer_identity
+from raydistill.stages.teachers import feature_folder, members
 from raydistill.students.build import student_shape
 
 OF_LAYERS_INSIDE = ("attention", "queries", "keys", "values")
@@ -20,10 +21,9 @@ def feature_terms(config: Config, teacher_folder: Path) -> tuple[FeatureTerm, ..
     """The terms of `train.loss.features`. Raises UserError, naming the entry, for what either model does not have."""
     if not config.train.loss.features:
         return ()
-    teacher = shape_of(teacher_folder)
+    teacher = shape_of(feature_folder(config, teacher_folder))
     student = student_shape(config.student, teacher_folder)
-    if config.student.init == "pretrained":
-        _check_tokenizer(config, teacher_folder)
+    _check_tokenizer(config)
     terms: list[FeatureTerm] = []
     for number, asked in enumerate(config.train.loss.features):
         try:
@@ -62,10 +62,17 @@ def _check(term: FeatureTerm, teacher: Shape, student: Shape, *, dropout: float 
         raise ValueError("the student's attention must be seen without dropout. Set student.dropout=0")
 
 
-def _check_tokenizer(config: Config, teacher_folder: Path) -> None:
-    assert config.student.model is not None
-    student = find_model("student.model", config.student.model, config.student.revision)
-    if tokenizer_identity(student) != tokenizer_identity(teacher_folder):
+def _check_tokenizer(config: Config) -> None:
+    """Raises UserError unless the model that the student's tokenizer comes from has that of the features' teacher.
+
+    They are compared as the user gave them: a model that was trained here has its tokenizer's files saved anew.
+    """
+    teachers = members(config)
+    teacher, student = teachers[config.teacher.features_of or 0].start.folder(), teachers[0].start.folder()
+    if config.student.init == "pretrained":
+        assert config.student.model is not None
+        student = find_model("student.model", config.student.model, config.student.revision)
+    if student != teacher and tokenizer_identity(student) != tokenizer_identity(teacher):
         raise UserError(
             f"train.loss.features: {student}: has another tokenizer than the teacher, so that their tokens cannot be"
             " compared. Choose a student with the teacher's tokenizer, or remove the features"

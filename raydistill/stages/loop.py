@@ -80,6 +80,7 @@ class TrainingJob:
     folder: str
     product: str
     rows: FoldRows | None  # of train, that it learns from; None: all
+    beside: ModelSource | None = None  # the teacher of features, where it is another than `source`
     courses: Mapping[str, Course] = field(default_factory=dict[str, Course])  # of the objective's numbers that change
 
 
@@ -372,12 +373,13 @@ def with_features(
 ) -> tuple[TaughtStudent, FeatureTeacher | None]:
     """The student with its projections, and the teacher that runs beside it unless its features are cached."""
     terms, dtype = job.objective.features, {"fp32": torch.float32}.get(job.precision, torch.bfloat16)
-    folder = job.source.folder()
+    source = job.beside or job.source
+    folder = source.folder()
     taught = TaughtStudent(student, terms, teacher_width=shape_of(folder).width, seed=job.settings.seed)
     if job.config.train.loss.features_from == "cache":
         return taught, None
-    teacher = load_classifier("teacher.model", folder, dtype=dtype)
-    ids = ids_in(load_tokenizer(folder, "teacher.model"), tokenizer)
+    teacher = load_classifier(source.setting, folder, dtype=dtype)
+    ids = ids_in(load_tokenizer(folder, source.setting), tokenizer)
     token_ids = None if ids is None else torch.from_numpy(ids)
     return taught, FeatureTeacher(teacher, terms, device=device, token_ids=token_ids)
 

@@ -29,7 +29,7 @@ from raydistill.stages.cluster import Share
 from raydistill.stages.feature_scoring import FeatureOutput
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import Scored, ScoringJob, score
-from raydistill.stages.teachers import CROSS_FITTED, Pass, folds_plan, is_ensemble, members, passes
+from raydistill.stages.teachers import CROSS_FITTED, Pass, feature_source, folds_plan, is_ensemble, members, passes
 
 MEMBER_CODEC = "dense-float32"
 
@@ -116,7 +116,13 @@ def score_passes(
 
 
 def features_pass(
-    run: Run, data: Manifest, job: ScoringJob, output: FeatureOutput, share: Share, progress: Progress
+    config: Config,
+    run: Run,
+    data: Manifest,
+    job: ScoringJob,
+    output: FeatureOutput,
+    share: Share,
+    progress: Progress,
 ) -> list[Entry]:
     """Runs the one teacher whose features are learned from over the rows that students learn from; their entries.
 
@@ -124,7 +130,10 @@ def features_pass(
     them and are not used.
     """
     folder = f"{output.folder}/logits"
-    alone = replace(job, folder=folder, fingerprint=output.fingerprint, codec=MEMBER_CODEC, features=output)
+    alone = replace(
+        job, source=feature_source(config, run), folder=folder, fingerprint=output.fingerprint, codec=MEMBER_CODEC,
+        features=output,
+    )  # fmt: skip
     (scored,) = score([alone], data, {folder: output.splits}, share, progress, "features")
     facts = {"codec": MEMBER_CODEC, "classes": len(job.labels)}
     commit_manifest(run.store, folder, output.fingerprint, scored.entries, facts)

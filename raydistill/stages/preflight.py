@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raydistill.cache.codecs import CODECS
@@ -68,11 +69,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.init != "config":
         length = config.data.max_length
         student_skeleton(config.student, teacher_folder=folder, labels=labels, max_length=length)
-    if feature_terms(config, folder) and is_ensemble(config):
-        raise UserError(
-            "train.loss.features: are those of one teacher, and this run has several. Remove them, or teacher.members"
-            " and teacher.fine_tune_seeds"
-        )
+    _check_features(config, folder)
     if config.student.lora:
         check_adapters(config, folder, labels)
     check_lent_features(config, run, folder)
@@ -86,6 +83,18 @@ def _check_mask_token(config: Config, tokenizer: Any) -> None:
             f"data.augment.mask: texts are masked with the teacher's {token!r}, the student's mask token is"
             f" {tokenizer.mask_token!r}. Set data.augment.mask=0, or choose a student with the teacher's tokenizer"
         )
+
+
+def _check_features(config: Config, folder: Path) -> None:
+    """The features of the config against both models, and whose they are where there are several teachers."""
+    terms, named = feature_terms(config, folder), config.teacher.features_of
+    if terms and is_ensemble(config) and named is None:
+        raise UserError(
+            f"train.loss.features: are those of one teacher, and this run has {len(members(config))}. Name it:"
+            " teacher.features_of=0 is teacher.model"
+        )
+    if not terms and named is not None:
+        raise UserError("teacher.features_of: means nothing without train.loss.features. Remove it")
 
 
 def _check_lender(config: Config, run: Run) -> None:

@@ -23,7 +23,15 @@ from raydistill.stages.feature_scoring import FeatureOutput
 from raydistill.stages.passes import features_pass, make_folds, score_passes
 from raydistill.stages.progress import Progress, size
 from raydistill.stages.scoring import Scored, ScoringJob, score
-from raydistill.stages.teachers import config_of, has_passes, members, targets_inputs, teacher_source, trainings
+from raydistill.stages.teachers import (
+    config_of,
+    feature_source,
+    has_passes,
+    members,
+    targets_inputs,
+    teacher_source,
+    trainings,
+)
 from raydistill.stages.trainer import train_model
 
 SPLITS = ("train", "validation", "unlabelled", "augmented")  # one that the data do not have adds nothing
@@ -61,7 +69,7 @@ def _teach(config: Config, run: Run, resources: Resources, progress: Progress) -
         entries, features = scored[0].entries, scored[0].features
     else:
         entries, scored = ([], []) if manifest else score_passes(config, run, data, job, SPLITS, share, progress)
-        features = features_pass(run, data, job, output, share, progress) if output else []
+        features = features_pass(config, run, data, job, output, share, progress) if output else []
     if output is not None:
         _commit_features(run, output, features, progress)
     return manifest or _commit_cache(config, run, data, plan, entries, scored, progress)
@@ -123,7 +131,7 @@ def _missing_features(config: Config, run: Run, data: Manifest, resources: Resou
     plan = features_plan(config, run, data, folder, teacher_dtype(config, run, resources))
     if plan is None or run.begin("features", plan) is not None:
         return None
-    return feature_output(plan, folder)
+    return feature_output(plan, feature_source(config, run).folder())
 
 
 def teacher_job(config: Config, run: Run, data: Manifest, *, folder: str, fingerprint: str, dtype: str) -> ScoringJob:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raydistill.config import Config
@@ -116,6 +117,17 @@ def member_source(config: Config, run: Run, member: Member, fold: int | None = N
 def teacher_source(config: Config, run: Run) -> ModelSource:
     """The first teacher: students take layers and tokenizer from it."""
     return member_source(config, run, members(config)[0])
+
+
+def feature_source(config: Config, run: Run) -> ModelSource:
+    """The teacher whose features students learn from: trained on all of train, with cross-fitting too."""
+    return member_source(config, run, members(config)[config.teacher.features_of or 0])
+
+
+def feature_folder(config: Config, teacher_folder: Path) -> Path:
+    """A folder with the shape and the tokenizer of that teacher, `teacher_folder` being the first one's."""
+    named = config.teacher.features_of
+    return members(config)[named].start.folder() if named else teacher_folder
 
 
 def teacher_sources(config: Config, run: Run) -> tuple[ModelSource, ...]:

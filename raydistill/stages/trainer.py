@@ -42,7 +42,7 @@ from raydistill.stages.cluster import (
 from raydistill.stages.features import feature_terms
 from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
-from raydistill.stages.teachers import folds_plan
+from raydistill.stages.teachers import feature_source, folds_plan
 from raydistill.students.build import needs_rows
 
 POLL_SECONDS = 0.2
@@ -122,6 +122,8 @@ def training_plan(
         inputs["cache"] = run.require("cache").fingerprint
         if config.teacher.calibrate:
             inputs["teacher.calibrate"] = calibration_plan(run).fingerprint
+        if config.teacher.features_of is not None:
+            inputs["teacher.features_of"] = config.teacher.features_of
         if config.train.loss.features_from == "cache":
             inputs["features"] = run.require("features").fingerprint
     skip = ("precision", "loss") if role == "control" else ("precision",)
@@ -206,6 +208,7 @@ def training_job(
         splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS, epoch_rows=epoch_rows,
         source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
+        beside=feature_source(config, run) if objective.features and config.teacher.features_of else None,
         title=part, folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
     )  # fmt: skip
 
