@@ -3,6 +3,7 @@
 Shapes: N rows, K classes.
 """
 
+import csv
 import html
 import json
 import shutil
@@ -386,5 +387,44 @@ def test_features_are_those_of_the_named_member_beside_the_training_or_cached(ru
     assert plan.inputs["teacher"] == model_identity(folder / "teacher/member-1/model")
     assert sum(entry.rows for entry in manifest.files) == len(rows_of(folder, "train")[0])
     assert verify(cached)[1] == []
-    refused = runs.run(runs.folder / "teachers-named-other", "train", changes={**seeds, **features, "teacher.features_of": 1})
+    refused = runs.run(
+        runs.folder / "teachers-named-other", "train", changes={**seeds, **features, "teacher.features_of": 1}
+    )
     assert "teacher.features_of: was made with 0, now asked for 1" in refused["error"]
+
+
+def test_sets_of_labels_and_texts_without_any(runs: SmallRuns, tmp_path: Path):
+    for name in ("train", "test"):
+        with open(runs.input / f"{name}.csv", encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        lines = [f'"{r["text"]}","{r["category"]}{";billing" * (n % 2)}"' for n, r in enumerate(rows)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,category", *lines]))
+    (tmp_path / "more.csv").write_text("text\n" + "".join(f"where is parcel number {n}\n" for n in range(9)))
+    folder = runs.folder / "teachers-sets"
+    answer = runs.run(
+        folder, "prepare", "teach", "train",
+        changes={
+            **CROSS_FITTED, "task": "multi_label", "data.train": str(tmp_path / "train.csv"), "train.metric": "nll",
+            "data.test": str(tmp_path / "test.csv"), "data.label_separator": ";",
+            "data.unlabelled": str(tmp_path / "more.csv"), "teacher.fine_tune_seeds": [0, 5],
+            "teacher.combine": "probabilities",
+        },
+    )  # fmt: skip
+    assert answer["error"] is None
+    folds, labels = folds_of(folder), manifest_of(folder, "data").facts["labels"]
+    assert labels == LABELS
+
+    def expected(texts: list[str], fold: str) -> np.ndarray:
+        parts = [folder / f"teacher/{member}{fold}/model" for member in ("", "member-1/")]
+        return np.mean([1 / (1 + np.exp(-said_by(part, texts).astype(np.float64))) for part in parts], axis=0)
+
+    for split in ("train", "validation", "unlabelled"):
+        ids, texts, _ = rows_of(folder, split)
+        row_ids, cached_NK = logits_of(folder, "teacher/cache", split)
+        assert row_ids == ids
+        wanted = expected(texts, "")
+        if split == "train":
+            by_fold = [expected(texts, f"fold-{fold}") for fold in (0, 1)]
+            wanted = np.stack([by_fold[folds[i]][n] for n, i in enumerate(ids)])
+        np.testing.assert_allclose(1 / (1 + np.exp(-cached_NK.astype(np.float64))), wanted, atol=1e-3)
+    assert sorted(folds) == rows_of(folder, "train")[0]
