@@ -2,8 +2,9 @@
 
 A row's target comes from one forward of every member: of the member itself, or with `teacher.cross_fit` of the one that
 was trained without the row's fold. The member that was trained on all of train scores everything else: validation,
-and test in the report. It has not learned from those rows either, so that its outputs there are of the same kind, and
-it is the model that a student takes the place of.
+texts without labels, and test in the report. It has not learned from those rows either, so that its outputs there are
+of the same kind, and it is the model that a student takes the place of. Augmented texts are its too, although it has
+learned from the rows that they were made from.
 """
 
 from __future__ import annotations
