@@ -88,19 +88,24 @@ def test_a_short_file_gets_the_defaults(file: Path):
     assert config.teacher.fine_tune is None
 
 
-def test_the_readme_s_config_is_taken(file: Path):
+def merged(tree: typing.Any, more: typing.Any) -> typing.Any:
+    """Sections joined, at every level; anything else replaced."""
+    if not isinstance(tree, dict) or not isinstance(more, dict) or "init" in more:  # another student altogether
+        return more
+    return tree | {name: merged(tree[name], value) if name in tree else value for name, value in more.items()}
+
+
+def test_the_readme_s_configs_are_taken(file: Path):
+    """The first is a whole one, the others say what to add to it."""
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     blocks = [textwrap.dedent(block) for block in re.findall(r"^ *```yaml\n(.*?)^ *```$", readme, re.M | re.S)]
-    whole, features, adapters = map(yaml.safe_load, blocks)
-    for block in (features, adapters):  # the other blocks are parts of a config
-        assert set(block) < set(whole)
-    load(file, yaml.safe_dump(whole | adapters))
-    whole["train"]["loss"] |= features["train"]["loss"]  # the second block says what to add to the first
-    for block in (blocks[0], yaml.safe_dump(whole)):
-        config = load(file, block)
-        assert config.teacher.fine_tune is not None
-        assert config.student.layers == (1, 3, 5)
-    assert [feature.kind for feature in config.train.loss.features] == ["hidden_mse", "value_relation"]
+    whole, *additions = map(yaml.safe_load, blocks)
+    trees = [whole, *(merged(whole, addition) for addition in additions)]
+    configs = [load(file, block) for block in (blocks[0], *map(yaml.safe_dump, trees))]
+    assert all(config.teacher.fine_tune is not None for config in configs)
+    assert configs[0].student.layers == (1, 3, 5)
+    features = [[feature.kind for feature in config.train.loss.features] for config in configs]
+    assert ["hidden_mse", "value_relation"] in features
 
 
 def test_overrides_set_numbers_lists_text_sections_and_nothing(file: Path):

@@ -75,12 +75,17 @@ class Split:
         teacher_temperature: float = 1.0,
         features: CachedFeatures | None = None,
         rows: FoldRows | None = None,
+        cache_store: Store | None = None,
+        cache_folder: str = "teacher/cache",
     ) -> None:
         self._store, self._cache, self._tokenizer, self._max_length = store, cache, tokenizer, max_length
         self._teacher_temperature = teacher_temperature
+        self._cache_store, self._cache_folder = cache_store or store, cache_folder
         splits = (split,) if isinstance(split, str) else split
         self.entries = data.shards(*splits)
-        self._logits = pair_entries(self.entries, cache.shards(*splits)) if cache else [None] * len(self.entries)
+        self._logits: list[Entry] | list[None] = [None] * len(self.entries)
+        if cache is not None:
+            self._logits = pair_entries(self.entries, cache.shards(*splits), cache_folder)
         self._features = features
         kept = features.manifest.shards(*splits) if features else []
         self._feature_entries = pair_entries(self.entries, kept, FOLDER) if features else []
@@ -124,7 +129,9 @@ class Split:
         logits = None
         if (entry := self._logits[number]) is not None:
             assert self._cache is not None
-            logits = self._join(rows.row_ids_N, read_logits(self._store, "teacher/cache", entry, self._cache), entry)
+            logits = self._join(
+                rows.row_ids_N, read_logits(self._cache_store, self._cache_folder, entry, self._cache), entry
+            )
         if self._chosen:
             chosen_N = self._chosen.chosen(rows)
             rows, logits = rows.where(chosen_N), None if logits is None else logits[chosen_N]
@@ -140,8 +147,8 @@ class Split:
 
     def _join(self, row_ids_N: npt.NDArray[np.int64], cached: LogitShard, entry: Entry) -> npt.NDArray[np.float32]:
         if not np.array_equal(row_ids_N, cached.row_ids_N):
-            where = self._store.where(f"teacher/cache/{entry.file}")
-            raise UserError(f"{where}: holds other rows than its data shard. Score again with --redo teach")
+            where = self._cache_store.where(f"{self._cache_folder}/{entry.file}")
+            raise UserError(f"{where}: holds other rows than its data shard. {_again(self._cache_folder)}")
         return cached.logits_NK if self._teacher_temperature == 1 else cached.logits_NK / self._teacher_temperature
 
     def batch(self, places: npt.NDArray[np.int64], rows: int | None = None) -> Batch:
@@ -198,6 +205,10 @@ def pair_entries(data: list[Entry], cache: list[Entry], folder: str = "teacher/c
         if other is None or other.rows != entry.rows:
             found = "none" if other is None else f"one of {other.rows} rows"
             raise UserError(
-                f"{folder}/{entry.file}: expected a shard of {entry.rows} rows, found {found}. Use --redo teach"
+                f"{folder}/{entry.file}: expected a shard of {entry.rows} rows, found {found}. {_again(folder)}"
             )
     return [by_name[entry.file] for entry in data]
+
+
+def _again(folder: str) -> str:
+    return f"Score again with --redo {'teach' if folder.startswith('teacher/') else 'train'}"

@@ -32,9 +32,9 @@ from raydistill.stages.latency import measure
 from raydistill.stages.prepare import data_report
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import score
+from raydistill.stages.student import train_student
 from raydistill.stages.teach import teacher_job
 from raydistill.stages.teachers import is_ensemble, made_here, members, teacher_source, teacher_sources
-from raydistill.stages.trainer import train_model
 
 TIMED_ROWS = 1024
 SPLITS = ("validation", "test")
@@ -47,7 +47,7 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     data, student = run.require("data"), run.require("student")
     control = None
     if config.evaluate.control:
-        control = train_model("control", config, run, resources, progress, source=teacher_source(config, run))
+        control = train_student("control", config, run, resources, progress, source=teacher_source(config, run))
     plan = report_plan(config, run, data, student, control)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")

@@ -19,13 +19,13 @@ from raydistill.record.run import PARTS, Run
 from raydistill.stages.feature_scoring import FeatureOutput
 from raydistill.stages.features import feature_terms
 from raydistill.stages.teachers import feature_source
+from raydistill.stages.training_stages import training_stages
 
 
 def needed_features(config: Config, teacher_folder: Path) -> tuple[str, ...]:
     """The names of the features that training takes from the cache; none when the teacher runs beside it."""
-    if config.train.loss.features_from != "cache":
-        return ()
-    return all_names(feature_terms(config, teacher_folder))
+    stages = (s for s in training_stages("student", config) if s.settings.loss.features_from == "cache")
+    return all_names(term for s in stages for term in feature_terms(s.config, teacher_folder, s))
 
 
 def columns_of(names: tuple[str, ...], teacher: Shape) -> tuple[FeatureColumn, ...]:

@@ -23,6 +23,7 @@ from raydistill.stages.prepare import Surveyed
 from raydistill.stages.prepare import columns_of as text_columns
 from raydistill.stages.progress import duration, size
 from raydistill.stages.teachers import feature_folder, has_passes
+from raydistill.stages.training_stages import training_stages
 
 SAMPLED_ROWS = 1000
 # What a network disk gives when it is read in order; a local one gives several times as much.
@@ -65,14 +66,15 @@ def feature_cost(config: Config, run: Run, surveyed: Surveyed | None, folder: Pa
 
     The bytes are estimated from the tokens of the first 1,000 rows.
     """
-    terms = feature_terms(config, folder)
-    if not terms:
+    stages = [s for s in training_stages("student", config) if s.settings.loss.features and not s.own_teacher]
+    if not stages:
         return None
     own = feature_folder(config, folder)
+    terms = tuple(term for stage in stages for term in feature_terms(stage.config, folder, stage))
     texts = list(islice(_texts(config, run, surveyed), SAMPLED_ROWS))
     tokens_N = tokenise(load_tokenizer(own, "teacher.model"), texts, config.data.max_length).lengths_N
     return cost_of(
-        all_names(terms), shape_of(own), tokens_N, rows=rows, epochs=config.train.epochs,
+        all_names(terms), shape_of(own), tokens_N, rows=rows, epochs=sum(stage.settings.epochs for stage in stages),
         logits_stand=run.complete("cache") is not None or has_passes(config),
     )  # fmt: skip
 

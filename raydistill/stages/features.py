@@ -12,25 +12,32 @@ from raydistill.losses.feature_objective import FEATURE_LOSSES, FeatureTerm
 from raydistill.losses.layer_maps import layer_map
 from raydistill.models import Shape, find_model, shape_of, tokenizer_identity
 from raydistill.stages.teachers import feature_folder, members
+from raydistill.stages.training_stages import TrainingStage
 from raydistill.students.build import student_shape
 
 OF_LAYERS_INSIDE = ("attention", "queries", "keys", "values")
 
 
-def feature_terms(config: Config, teacher_folder: Path) -> tuple[FeatureTerm, ...]:
-    """The terms of `train.loss.features`. Raises UserError, naming the entry, for what either model does not have."""
+def feature_terms(config: Config, teacher_folder: Path, stage: TrainingStage | None = None) -> tuple[FeatureTerm, ...]:
+    """The terms of `train.loss.features`; in a stage that learns from the one before, both sides are the student.
+
+    Raises UserError, naming the entry, for what either model does not have.
+    """
     if not config.train.loss.features:
         return ()
-    teacher = shape_of(feature_folder(config, teacher_folder))
+    own_teacher = stage is not None and stage.own_teacher
     student = student_shape(config.student, teacher_folder)
-    _check_tokenizer(config)
+    teacher = student if own_teacher else shape_of(feature_folder(config, teacher_folder))
+    if not own_teacher:
+        _check_tokenizer(config)
+    section = stage.loss_section if stage else "train.loss"
     terms: list[FeatureTerm] = []
     for number, asked in enumerate(config.train.loss.features):
         try:
             term = _term(asked, teacher, student)
             _check(term, teacher, student, dropout=config.student.dropout)
         except ValueError as error:
-            raise UserError(f"train.loss.features[{number}]: {asked.kind}: {error}") from None
+            raise UserError(f"{section}.features[{number}]: {asked.kind}: {error}") from None
         twins = sum(other.kind == term.kind for other in terms)
         name = f"{term.kind}_{twins + 1}" if twins else term.kind
         terms.append(replace(term, name=name))

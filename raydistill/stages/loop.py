@@ -61,7 +61,8 @@ class TrainingJob:
     """One training. Every field can be sent to a worker."""
 
     role: str  # teacher, student or control
-    title: str  # what progress calls it: the part of the run that it makes
+    title: str  # what progress calls it: the part of the run that it makes, or a stage of it
+    section: str  # where its settings stand
     config: Config
     settings: Training
     objective: Objective
@@ -82,6 +83,9 @@ class TrainingJob:
     rows: FoldRows | None  # of train, that it learns from; None: all
     beside: ModelSource | None = None  # the teacher of features, where it is another than `source`
     courses: Mapping[str, Course] = field(default_factory=dict[str, Course])  # of the objective's numbers that change
+    begins_with: ModelSource | None = None  # the model whose weights it goes on from, in the place of first ones
+    own_cache: str | None = None  # the folder, in the run, of other targets than the teacher's
+    stages_before: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # what they came to
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:
@@ -149,7 +153,7 @@ class _Worker:
         self.watched = watched_part(job.objective)
         self.curves = None
         if self.rank == 0:
-            settings = f"{self._section()}.learning_rate {job.settings.learning_rate:g}, precision {job.precision}"
+            settings = f"{job.section}.learning_rate {job.settings.learning_rate:g}, precision {job.precision}"
             watch = Watch(self.watched, settings, steady="temperature" not in job.courses) if self.watched else None
             self.curves = WatchedCurves(self.store, job.folder, self.state.step, watch, post)
         self.meter = Meter(job.objective.part_names, self.device)
@@ -158,13 +162,15 @@ class _Worker:
     def _split(self, splits: tuple[str, ...]) -> Split:
         store = open_store(self.job.data_url)
         data = read_manifest(store, "data")
-        cache = read_manifest(store, "teacher/cache") if self.job.uses_cache else None
+        targets, folder = (store, "teacher/cache") if self.job.own_cache is None else (self.store, self.job.own_cache)
+        cache = read_manifest(targets, folder) if self.job.uses_cache else None
         assert data is not None
         assert cache is not None or not self.job.uses_cache
         from_cache = splits == self.job.splits and self.job.config.train.loss.features_from == "cache"
         return Split(
             store, splits, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length,
             teacher_temperature=self.job.teacher_temperature, rows=self.job.rows if "train" in splits else None,
+            cache_store=targets, cache_folder=folder,
             features=cached_features(store, self.job.objective.features) if from_cache else None,
         )  # fmt: skip
 
@@ -273,12 +279,9 @@ class _Worker:
             step = self.state.step - len(sums) + int(broken[0]) + 1
             raise UserError(
                 f"{self.job.title} training: the loss at step {step} is not finite."
-                f" Lower {self._section()}.learning_rate,"
-                f" or set {self._section()}.precision=fp32"
+                f" Lower {self.job.section}.learning_rate,"
+                f" or set {self.job.section.partition('.stages')[0]}.precision=fp32"
             )
-
-    def _section(self) -> str:
-        return "teacher.fine_tune" if self.job.role == "teacher" else "train"
 
     def _validate(self) -> None:
         if self.meter.steps:
@@ -353,6 +356,7 @@ class _Worker:
             "seconds": round(self.state.seconds, 1),
             "parameters": count_parameters(model),
             "precision": self.job.precision,
+            **({"stages_before": dict(self.job.stages_before)} if self.job.stages_before else {}),
         }
         commit_folder(self.store, staged, self.job.product, self.job.fingerprint, facts)
 
@@ -390,6 +394,9 @@ def build_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
     Collective, but for a rank that builds it `alone` once more, after all have built it.
     """
     labels, length = list(job.labels), job.config.data.max_length
+    if job.begins_with is not None:
+        folder, setting = job.begins_with.folder(), job.begins_with.setting
+        return load_classifier(setting, folder), load_tokenizer(folder, setting)
     folder = job.source.folder()
     if job.role == "teacher":
         torch.manual_seed(job.settings.seed)

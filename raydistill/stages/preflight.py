@@ -34,6 +34,7 @@ from raydistill.stages.teachers import (
     trainings,
 )
 from raydistill.stages.trainer import settings_of, training_plan
+from raydistill.stages.training_stages import TrainingStage, training_stages
 from raydistill.students.sizes import check_architecture
 from raydistill.students.skeleton import student_skeleton
 from raydistill.students.vocabulary import check_trimmable
@@ -51,10 +52,6 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
             label_order(start.setting, start.folder(), labels)
             check_task(start.setting, start.folder(), config.task)
     _check_lender(config, run)
-    for name in ("temperature", "temperature_end"):
-        temperature = getattr(config.train.loss, name)
-        if temperature is not None and not CODECS[config.teacher.codec].covers(temperature):
-            raise UserError(f"train.loss.{name}: {config.teacher.codec} does not cover {temperature}")
     if config.student.init == "pretrained":
         assert config.student.model is not None
         student = find_model("student.model", config.student.model, config.student.revision)
@@ -86,8 +83,12 @@ def _check_mask_token(config: Config, tokenizer: Any) -> None:
 
 
 def _check_features(config: Config, folder: Path) -> None:
-    """The features of the config against both models, and whose they are where there are several teachers."""
-    terms, named = feature_terms(config, folder), config.teacher.features_of
+    """Every stage's loss against cache and models, and whose its features are where there are several teachers."""
+    stages = training_stages("student", config)
+    for stage in stages:
+        _check_stage(stage, folder)
+    terms = any(stage.settings.loss.features and not stage.own_teacher for stage in stages)
+    named = config.teacher.features_of
     if terms and is_ensemble(config) and named is None:
         raise UserError(
             f"train.loss.features: are those of one teacher, and this run has {len(members(config))}. Name it:"
@@ -111,9 +112,19 @@ def _check_lender(config: Config, run: Run) -> None:
             raise UserError(f"teacher.cache_from: {where}: is missing. Ask for the teachers that run has, or finish it")
 
 
+def _check_stage(stage: TrainingStage, teacher_folder: Path) -> None:
+    codec, loss = stage.config.teacher.codec, stage.settings.loss
+    for name in ("temperature", "temperature_end"):
+        temperature = getattr(loss, name)
+        if temperature is not None and not CODECS[codec].covers(temperature):
+            raise UserError(f"{stage.loss_section}.{name}: {codec} does not cover {temperature}")
+    feature_terms(stage.config, teacher_folder, stage)
+
+
 def check_resources(config: Config, stages: tuple[str, ...], resources: Resources) -> None:
     """Every stage's share of the cluster. Raises UserError for what would wait for ever."""
-    if "teach" in stages or "evaluate" in stages:
+    scores = "train" in stages and any(stage.own_teacher for stage in training_stages("student", config))
+    if "teach" in stages or "evaluate" in stages or scores:
         share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
     roles = ["teacher"] if "teach" in stages and config.teacher.fine_tune else []
     roles += ["student"] if "train" in stages else []
@@ -177,6 +188,8 @@ class Cost:
     teachers: int = 1
     cross_fitted: tuple[int, int] = (0, 0)  # trainings without a fold, and their optimiser steps
     pass_bytes: int = 0
+    student_forwards: int = 0
+    student_cache_bytes: int = 0
 
     def lines(self) -> list[str]:
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
@@ -187,6 +200,14 @@ class Cost:
             + (f", and {size(self.pass_bytes)} that it is made of" if self.pass_bytes else ""),
             f"optimiser steps at most: {steps}",
             *(self.features.lines() if self.features else []),
+            *(
+                [
+                    f"student forwards as the teacher of later stages: {self.student_forwards:,} rows at most,"
+                    f" {size(self.student_cache_bytes)} of cache"
+                ]
+                if self.student_forwards
+                else []
+            ),
         ]
 
     def _teacher_lines(self) -> list[str]:
@@ -206,20 +227,18 @@ def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCo
     scored = sum(count for split, count in rows.items() if split != "test")
     learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
     teachers, folds = len(members(config)), config.teacher.cross_fit or 0
-    steps, without_fold = {}, 0
-    for role in ("teacher", "student", "control"):
-        if (role == "teacher" and config.teacher.fine_tune is None) or (
-            role == "control" and not config.evaluate.control
-        ):
-            continue
-        settings, _ = settings_of(config, role)
-        of_role = rows["train"] if role == "teacher" else learnt
-        steps[role] = settings.epochs * steps_per_epoch(of_role, settings.batch_size)
-        if role == "teacher":
-            steps[role] *= teachers
-            for fold in range(folds):
-                kept = rows["train"] - len(range(fold, rows["train"], folds))
-                without_fold += teachers * settings.epochs * steps_per_epoch(kept, settings.batch_size)
+    steps: dict[str, int] = {}
+    without_fold = 0
+    if (tuning := config.teacher.fine_tune) is not None:
+        steps["teacher"] = teachers * tuning.epochs * steps_per_epoch(rows["train"], tuning.batch_size)
+        for fold in range(folds):
+            kept = rows["train"] - len(range(fold, rows["train"], folds))
+            without_fold += teachers * tuning.epochs * steps_per_epoch(kept, tuning.batch_size)
+    for role in ("student", "control") if config.evaluate.control else ("student",):
+        each = [stage.settings for stage in training_stages(role, config)]
+        steps[role] = sum(s.epochs * steps_per_epoch(learnt, s.batch_size) for s in each)
+    own = [stage for stage in training_stages("student", config) if stage.own_teacher]
+    epochs_beside = sum(stage.settings.epochs for stage in own if stage.settings.loss.features)
     return Cost(
         rows,
         teacher_forwards=scored * teachers,
@@ -229,4 +248,6 @@ def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCo
         teachers=teachers,
         cross_fitted=(teachers * folds, without_fold),
         pass_bytes=4 * classes * scored * teachers if teachers > 1 or folds else 0,
+        student_forwards=len(own) * scored + epochs_beside * learnt,
+        student_cache_bytes=len(own) * scored * (classes * per_class + per_row),
     )

@@ -28,10 +28,14 @@ PATIENCE = timedelta(days=2)
 
 
 def start_folders(folder: str) -> tuple[str, ...]:
-    """Where the start of the training in this folder is written, then where the same may stand already."""
-    own = f"{folder}/start"
-    others = (f"{PARTS[part].folder}/start" for part in ("student", "control"))
-    return (own, *(other for other in others if other != own))
+    """Where the start of the training in this folder is written, then where the same may stand already.
+
+    That is in the same folder, or that of the same stage, of the student's or the control's training.
+    """
+    parts = [PARTS[part].folder for part in ("student", "control")]
+    own = next(part for part in parts if folder == part or folder.startswith(f"{part}/"))
+    others = (f"{part}{folder.removeprefix(own)}/start" for part in parts if part != own)
+    return (f"{folder}/start", *others)
 
 
 def train_rows(store: Store, data: Manifest) -> Rows:

@@ -30,7 +30,7 @@ def expected_parts(config: Config) -> list[str]:
     wanted = {
         "folds": config.teacher.cross_fit is not None,
         "teacher": config.teacher.fine_tune is not None,
-        "features": config.train.loss.features_from == "cache",
+        "features": config.train.caches_features,
         "calibration": config.teacher.calibrate,
         "control": config.evaluate.control,
     }
@@ -51,6 +51,11 @@ def _standing(run: Run, part: str) -> Standing:
         return Standing(part, facts.stage, "complete", detail)
     if plan is None:
         return Standing(part, facts.stage, "not begun", "")
+    names = (folder.rpartition("/")[2] for folder in run.store.folders(f"{facts.folder}/stages"))
+    for name in sorted(names, key=lambda name: int(name.partition("-")[0]), reverse=True):
+        if steps := Checkpoints(run.store, f"{facts.folder}/stages/{name}", plan.fingerprint).steps():
+            detail = f"newest checkpoint of stage {name} at step {steps[-1]:,}"
+            return Standing(part, facts.stage, "under way", detail)
     steps = Checkpoints(run.store, facts.folder, plan.fingerprint).steps()
     shards = [name for name in run.store.list(facts.folder) if name.endswith(".parquet")]
     detail = f"newest checkpoint at step {steps[-1]:,}" if steps else f"{len(shards)} shards written"

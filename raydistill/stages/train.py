@@ -7,14 +7,14 @@ from raydistill.record.commit import Manifest
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources
 from raydistill.stages.progress import Progress
+from raydistill.stages.student import train_student
 from raydistill.stages.teachers import teacher_source
-from raydistill.stages.trainer import train_model
 
 
 def train(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
     """Trains the student from the cache and writes `student/`; its manifest."""
     run.require("data")
     run.require("cache")
-    if config.train.loss.features_from == "cache":
+    if config.train.caches_features:
         run.require("features")
-    return train_model("student", config, run, resources, progress, source=teacher_source(config, run))
+    return train_student("student", config, run, resources, progress, source=teacher_source(config, run))

@@ -43,6 +43,7 @@ from raydistill.stages.features import feature_terms
 from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
 from raydistill.stages.teachers import feature_source, folds_plan
+from raydistill.stages.training_stages import TrainingStage, stage_inputs
 from raydistill.students.build import needs_rows
 
 POLL_SECONDS = 0.2
@@ -74,23 +75,50 @@ def train_model(
     a fold of train. What stands complete for the same inputs is kept; a training that was stopped goes on from its last
     checkpoint. Raises UserError for what the user can mend, Interrupted after a signal, with the state saved.
     """
-    settings, section = settings_of(config, role)
     part = part or role
-    share = share_for_training(resources, settings, section)
-    plan = training_plan(role, config, run, resources, source, part=part, without_fold=without_fold)
-    if (manifest := run.begin(part, plan)) is not None:
-        progress.say(f"{part}: complete, {_result(manifest)}")
-        return manifest
-    precision = plan.inputs["precision"]
-    check_precision(resources, precision, section)
-    job = training_job(role, config, run, plan, source, part=part, without_fold=without_fold)
-    _fit(job, share.processes, {"CPU": share.cpus, "GPU": share.gpus}, resources, progress)
-    manifest = run.require(part)
-    progress.say(f"{part}: {_result(manifest)}, {manifest.facts['parameters']:,} parameters")
+    plan, manifest = begin_training(
+        role, config, run, resources, progress, source=source, part=part, without_fold=without_fold
+    )
+    if manifest is None:
+        fit(training_job(role, config, run, plan, source, part=part, without_fold=without_fold), resources, progress)
+        manifest = run.require(part)
+        progress.say(f"{part}: {result(manifest)}, {manifest.facts['parameters']:,} parameters")
     return manifest
 
 
-def _result(manifest: Manifest) -> str:
+def begin_training(
+    role: str,
+    config: Config,
+    run: Run,
+    resources: Resources,
+    progress: Progress,
+    *,
+    source: ModelSource,
+    part: str,
+    without_fold: int | None = None,
+) -> tuple[Plan, Manifest | None]:
+    """Checks a training against the cluster and opens its part of the run: its plan, its manifest when it is complete.
+
+    Raises UserError when it does not fit, or stands there for another plan.
+    """
+    settings, section = settings_of(config, role)
+    share_for_training(resources, settings, section)
+    plan = training_plan(role, config, run, resources, source, part=part, without_fold=without_fold)
+    if (manifest := run.begin(part, plan)) is not None:
+        progress.say(f"{part}: complete, {result(manifest)}")
+    else:
+        check_precision(resources, plan.inputs["precision"], section)
+    return plan, manifest
+
+
+def fit(job: TrainingJob, resources: Resources, progress: Progress) -> None:
+    """Runs a training on its share of the cluster to its end. Raises UserError and Interrupted."""
+    share = share_for_training(resources, job.settings, job.section)
+    _fit(job, share.processes, {"CPU": share.cpus, "GPU": share.gpus}, resources, progress)
+
+
+def result(manifest: Manifest) -> str:
+    """What a training came to, in words."""
     facts = manifest.facts
     return (
         f"validation {facts['metric']} {facts['value']:.4f} at step {facts['step']:,}"
@@ -124,12 +152,15 @@ def training_plan(
             inputs["teacher.calibrate"] = calibration_plan(run).fingerprint
         if config.teacher.features_of is not None:
             inputs["teacher.features_of"] = config.teacher.features_of
-        if config.train.loss.features_from == "cache":
+        if config.train.caches_features:
             inputs["features"] = run.require("features").fingerprint
     skip = ("precision", "loss") if role == "control" else ("precision",)
-    inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
-    if role == "control":
-        inputs[f"{section}.loss.label_smoothing"] = config.train.loss.label_smoothing
+    if isinstance(settings, Train) and settings.stages is not None:
+        inputs[f"{section}.stages"] = stage_inputs(role, config)
+    else:
+        inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
+        if role == "control":
+            inputs[f"{section}.loss.label_smoothing"] = config.train.loss.label_smoothing
     inputs["precision"] = resolve_precision(settings, run.plan(part or role), resources)
     return Plan(role, inputs)
 
@@ -180,9 +211,10 @@ def training_job(
     *,
     part: str = "",
     without_fold: int | None = None,
+    stage: TrainingStage | None = None,
 ) -> TrainingJob:
-    """The plan as what a worker is sent."""
-    settings, _ = settings_of(config, role)
+    """The plan, or one stage of it, as what a worker is sent."""
+    settings, section = settings_of(config, role)
     part, response = part or role, response_kind("forward_kl", config.task)
     objective, courses = Objective(kind=response), {}
     if isinstance(settings, Train):
@@ -190,7 +222,7 @@ def training_job(
         objective = Objective(kind=response, label_smoothing=smoothing)
         if role == "student":
             objective = replace(
-                student_objective(settings.loss, config.task), features=feature_terms(config, source.folder())
+                student_objective(settings.loss, config.task), features=feature_terms(config, source.folder(), stage)
             )
             courses = loss_courses(settings.loss)
     # A control has no teacher, in its choice of checkpoint neither.
@@ -202,14 +234,14 @@ def training_job(
         sum(e.rows for e in counted) if rows is None else sum(map(rows.open().count, (e.file for e in counted)))
     )
     return TrainingJob(
-        role=role, config=config, settings=settings, objective=objective, metric=metric,
+        role=role, title=part, section=section, config=config, settings=settings, objective=objective, metric=metric,
         precision=plan.inputs["precision"], labels=tuple(data.facts["labels"]), fingerprint=plan.fingerprint,
         run_url=run.store.root, data_url=run.home("data").root, uses_cache=role == "student",
         splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS, epoch_rows=epoch_rows,
         source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
         beside=feature_source(config, run) if objective.features and config.teacher.features_of else None,
-        title=part, folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
+        folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
     )  # fmt: skip
 
 
