@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -207,12 +208,18 @@ def _loaded(setting: str, folder: Path, load: Callable[[], Any]) -> Any:
         raise UserError(f"{setting}: {folder}: does not load as a classifier ({first_line(error)})") from None
 
 
+def _is_error(record: LogRecord) -> bool:
+    return record.levelno >= ERROR
+
+
 def quiet_transformers() -> None:
     """Keeps transformers' own bars and notes off the terminal, where the run's progress stands."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # With accelerate there, transformers imports DeepSpeed for any model, and that tells of each CPU that it is no GPU.
+    getLogger("DeepSpeed").addFilter(_is_error)
 
 
 def set_task(model: Any, task: str) -> None:
