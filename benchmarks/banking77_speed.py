@@ -149,7 +149,7 @@ def student_steps(out: Path, threads: int) -> dict[str, dict]:
 
     from raydistill.losses.objective import Objective
     from raydistill.stages.teachers import teacher_source
-    from raydistill.stages.trainer import training_job
+    from raydistill.stages.training_job import training_job
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29653")
     os.environ["DS_ACCELERATOR"] = "cpu"

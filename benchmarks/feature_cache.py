@@ -40,7 +40,7 @@ from raydistill.stages.prepare import prepare, survey_sources
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import Scorer
 from raydistill.stages.teach import SPLITS, cache_plan, teacher_job, teacher_source
-from raydistill.stages.trainer import training_job, training_plan
+from raydistill.stages.training_job import training_job, training_plan
 from raydistill.tickets import CATEGORIES, write_tickets
 
 MOST = 1.10

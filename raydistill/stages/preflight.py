@@ -33,7 +33,7 @@ from raydistill.stages.teachers import (
     teacher_source,
     trainings,
 )
-from raydistill.stages.trainer import settings_of, training_plan
+from raydistill.stages.training_job import settings_of, training_plan
 from raydistill.stages.training_stages import TrainingStage, training_stages
 from raydistill.students.sizes import check_architecture
 from raydistill.students.skeleton import student_skeleton

@@ -19,7 +19,8 @@ from raydistill.stages.loop import TrainingJob
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import score
 from raydistill.stages.teach import SPLITS, teacher_job
-from raydistill.stages.trainer import begin_training, fit, result, train_model, training_job
+from raydistill.stages.trainer import begin_training, fit, result, train_model
+from raydistill.stages.training_job import training_job
 from raydistill.stages.training_stages import TrainingStage, training_stages
 
 FACTS = ("metric", "value", "step", "steps", "seconds")

@@ -6,56 +6,28 @@ import contextlib
 import threading
 import time
 import uuid
-from dataclasses import replace
 from typing import Any
 
-from raydistill.config import (
-    KINDS_OF_SETS,
-    LOSS_PARAMETERS,
-    WITHOUT_TEMPERATURE,
-    Config,
-    Loss,
-    TeacherMetrics,
-    Train,
-    Training,
-    identity,
-)
-from raydistill.data.folds import FoldRows
-from raydistill.data.shards import LABELLED_SPLITS, STUDENT_SPLITS
+from raydistill.config import Config
 from raydistill.errors import Interrupted, UserError, storage_problem
-from raydistill.losses.courses import Course
-from raydistill.losses.objective import Objective
-from raydistill.models import ModelSource, find_model, model_identity
+from raydistill.models import ModelSource
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
-from raydistill.record.run import Run, part_of
+from raydistill.record.run import Run
 from raydistill.record.store import LocalStore, open_store
-from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import (
     Resources,
     check_precision,
-    gains_from_bf16,
     new_mailbox,
     share_for_training,
     worker_environment,
 )
-from raydistill.stages.features import feature_terms
 from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
-from raydistill.stages.teachers import feature_source, folds_plan
-from raydistill.stages.training_stages import TrainingStage, stage_inputs
-from raydistill.students.build import needs_rows
+from raydistill.stages.training_job import settings_of, training_job, training_plan
 
 POLL_SECONDS = 0.2
 STOP_POLL_SECONDS = 0.5
-
-
-def settings_of(config: Config, role: str) -> tuple[Training, str]:
-    """The settings of a training and the section that they stand in."""
-    if role == "teacher":
-        assert config.teacher.fine_tune is not None
-        return config.teacher.fine_tune, "teacher.fine_tune"
-    return config.train, "train"
 
 
 def train_model(
@@ -124,148 +96,6 @@ def result(manifest: Manifest) -> str:
         f"validation {facts['metric']} {facts['value']:.4f} at step {facts['step']:,}"
         f" of {facts['steps']:,}, {duration(facts['seconds'])} of steps"
     )
-
-
-def training_plan(
-    role: str,
-    config: Config,
-    run: Run,
-    resources: Resources,
-    source: ModelSource,
-    *,
-    part: str = "",
-    without_fold: int | None = None,
-) -> Plan:
-    """Everything that determines a training's result."""
-    settings, section = settings_of(config, role)
-    inputs: dict[str, Any] = {"data": run.require("data").fingerprint, "data.max_length": config.data.max_length}
-    if role == "teacher":
-        inputs["teacher.model"] = model_identity(source.folder())
-        if without_fold is not None:
-            folds = folds_plan(config, run.require("data")).fingerprint
-            inputs |= {"teacher.folds": folds, "without_fold": without_fold}
-    else:
-        inputs |= student_inputs(config, source)
-    if role == "student":
-        inputs["cache"] = run.require("cache").fingerprint
-        if config.teacher.calibrate:
-            inputs["teacher.calibrate"] = calibration_plan(run).fingerprint
-        if config.teacher.features_of is not None:
-            inputs["teacher.features_of"] = config.teacher.features_of
-        if config.train.caches_features:
-            inputs["features"] = run.require("features").fingerprint
-    skip = ("precision", "loss") if role == "control" else ("precision",)
-    if isinstance(settings, Train) and settings.stages is not None:
-        inputs[f"{section}.stages"] = stage_inputs(role, config)
-    else:
-        inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
-        if role == "control":
-            inputs[f"{section}.loss.label_smoothing"] = config.train.loss.label_smoothing
-    inputs["precision"] = resolve_precision(settings, run.plan(part or role), resources)
-    return Plan(role, inputs)
-
-
-def student_inputs(config: Config, teacher: ModelSource) -> dict[str, Any]:
-    """What determines a student's first weights and tokenizer."""
-    inputs: dict[str, Any] = {
-        f"student.{name}": value for name, value in identity(config.student).items() if value is not None
-    }
-    if config.student.init == "pretrained":
-        assert config.student.model is not None
-        inputs["student.model"] = model_identity(
-            find_model("student.model", config.student.model, config.student.revision)
-        )
-    else:
-        facts = model_identity(teacher.folder())
-        names = ("tokenizer_sha256",) if config.student.init == "config" else tuple(facts)
-        inputs["teacher"] = {name: facts[name] for name in names}
-    return inputs
-
-
-def start_fingerprint(role: str, config: Config, run: Run, source: ModelSource) -> str | None:
-    """What determines a student's first weights where they need rows of train; None where they do not.
-
-    The control has the student's, so that both begin with the same.
-    """
-    if role == "teacher" or not needs_rows(config.student):
-        return None
-    inputs = {"data": run.require("data").fingerprint, "data.max_length": config.data.max_length}
-    return Plan("start", inputs | student_inputs(config, source) | {"train.seed": config.train.seed}).fingerprint
-
-
-def resolve_precision(settings: Training, standing: Plan | None, resources: Resources) -> str:
-    """The precision asked for; for auto, what the standing training has, else what the device gains from."""
-    if settings.precision != "auto":
-        return settings.precision
-    if standing is not None:
-        return str(standing.inputs["precision"])
-    return "bf16" if gains_from_bf16(resources) else "fp32"
-
-
-def training_job(
-    role: str,
-    config: Config,
-    run: Run,
-    plan: Plan,
-    source: ModelSource,
-    *,
-    part: str = "",
-    without_fold: int | None = None,
-    stage: TrainingStage | None = None,
-) -> TrainingJob:
-    """The plan, or one stage of it, as what a worker is sent."""
-    settings, section = settings_of(config, role)
-    part, response = part or role, response_kind("forward_kl", config.task)
-    objective, courses = Objective(kind=response), {}
-    if isinstance(settings, Train):
-        smoothing = settings.loss.label_smoothing
-        objective = Objective(kind=response, label_smoothing=smoothing)
-        if role == "student":
-            objective = replace(
-                student_objective(settings.loss, config.task), features=feature_terms(config, source.folder(), stage)
-            )
-            courses = loss_courses(settings.loss)
-    # A control has no teacher, in its choice of checkpoint neither.
-    metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
-    data = run.require("data")
-    counted = data.shards(*(LABELLED_SPLITS if role == "teacher" else STUDENT_SPLITS))
-    rows = None if without_fold is None else FoldRows(run.home("folds").root, without_fold, inside=False)
-    epoch_rows = (
-        sum(e.rows for e in counted) if rows is None else sum(map(rows.open().count, (e.file for e in counted)))
-    )
-    return TrainingJob(
-        role=role, title=part, section=section, config=config, settings=settings, objective=objective, metric=metric,
-        precision=plan.inputs["precision"], labels=tuple(data.facts["labels"]), fingerprint=plan.fingerprint,
-        run_url=run.store.root, data_url=run.home("data").root, uses_cache=role == "student",
-        splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS, epoch_rows=epoch_rows,
-        source=source, start=start_fingerprint(role, config, run, source),
-        teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
-        beside=feature_source(config, run) if objective.features and config.teacher.features_of else None,
-        folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
-    )  # fmt: skip
-
-
-def student_objective(loss: Loss, task: str = "classification") -> Objective:
-    """The settings as what a student is trained with."""
-    parameters = {name: value for name in LOSS_PARAMETERS if (value := getattr(loss, name)) is not None}
-    return Objective(
-        temperature=1.0 if loss.kind in WITHOUT_TEMPERATURE else loss.temperature, alpha=loss.alpha,
-        kind=response_kind(loss.kind, task),
-        parameters=parameters, standardise=loss.standardise, label_smoothing=loss.label_smoothing,
-        hard_targets=loss.hard_targets, always_response=loss.alpha_end is not None,
-    )  # fmt: skip
-
-
-def response_kind(kind: str, task: str) -> str:
-    """The name of a kind of loss in losses/registry.py: sets of labels have their own."""
-    return KINDS_OF_SETS[kind] if task == "multi_label" else kind
-
-
-def loss_courses(loss: Loss) -> dict[str, Course]:
-    """The numbers of the objective that change from step to step."""
-    ends = {"temperature": loss.temperature_end, "alpha": loss.alpha_end}
-    shape = loss.course or "linear"
-    return {name: Course(getattr(loss, name), end, shape) for name, end in ends.items() if end is not None}
 
 
 def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resources, progress: Progress) -> None:
