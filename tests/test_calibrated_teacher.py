@@ -3,6 +3,7 @@
 Shapes: N rows, K classes.
 """
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from loss_oracles import log_softmax
 from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
 from small_runs import SmallRuns
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raydistill.cache.shards import read_logits, write_logits
 from raydistill.data.shards import ShardWriter, read_shard
@@ -32,16 +35,36 @@ HALF = {"data.validation": 0.4, "teacher.codec": "dense-float16"}  # enough rows
 @pytest.fixture(scope="module")
 def taught(runs: SmallRuns, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run with data and cache of a teacher that knows something, and the settings that go on with it."""
-    tuning = {"epochs": 12, "learning_rate": 1e-2, "precision": "fp32", "choose": "last", "batch_size": 8}
-    first = runs.folder / "calibrated-tuned"
-    answer = runs.run(first, "prepare", "teach", changes={**HALF, "teacher.fine_tune": tuning})
-    assert answer["error"] is None
     model = tmp_path_factory.mktemp("teacher") / "model"
-    shutil.copytree(first / "teacher/model", model)
+    shutil.copytree(runs.input / "teacher", model)
+    teach_the_head(model, runs.input / "train.csv")
     settings = {**HALF, "teacher.model": str(model)}
     folder = runs.folder / "calibrated-taught"
     assert runs.run(folder, "prepare", "teach", changes=settings)["error"] is None
     return folder, settings
+
+
+def teach_the_head(model: Path, train: Path) -> None:
+    """Logistic regression on the encoder's output, times 3: convex, so that every machine finds the same teacher."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    with torch.no_grad():  # so that texts differ in what comes out
+        for weight in classifier.base_model.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.numel())))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with open(train, newline="") as file:
+        rows = list(csv.DictReader(file))
+    batch = tokenizer([row["text"] for row in rows], padding=True, truncation=True, max_length=48, return_tensors="pt")
+    with torch.no_grad():
+        pooled_ND = classifier.base_model(**batch).pooler_output.double().numpy()
+    labels = [classifier.config.label2id[row["category"]] for row in rows]
+    centre_D, width_D = pooled_ND.mean(0), pooled_ND.std(0)
+    head = LogisticRegression(C=100, max_iter=10_000, tol=1e-9).fit((pooled_ND - centre_D) / width_D, labels)
+    assert 0.5 < head.score((pooled_ND - centre_D) / width_D, labels) < 0.95
+    weight_KD = 3 * head.coef_ / width_D
+    with torch.no_grad():
+        classifier.classifier.weight.copy_(torch.from_numpy(weight_KD))
+        classifier.classifier.bias.copy_(torch.from_numpy(3 * head.intercept_ - weight_KD @ centre_D))
+    classifier.save_pretrained(model)
 
 
 def copied(taught: tuple[Path, dict[str, Any]], name: str) -> Path:
@@ -193,7 +216,14 @@ def test_a_cache_that_is_lent_is_calibrated_by_its_borrower(runs: SmallRuns, tau
     assert {path: path.read_bytes() for path in lender.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(("margin", "found"), [(8.0, "is right on"), (-8.0, "knows nothing of")])
+@pytest.mark.parametrize(
+    ("margin", "found"),
+    [
+        (8.0, "teacher is right on all 4 validation rows,"),
+        (1e-3, "teacher's logits on the 4 validation rows are all within 0.001 of 0,"),
+        (-8.0, "teacher's logits fit the labels of the 4 validation rows no better than chance,"),
+    ],
+)
 def test_a_validation_that_no_temperature_fits_is_refused(tmp_path: Path, margin: float, found: str):
     store, labels = LocalStore(str(tmp_path)), [0, 1, 2, 1]
     writer = ShardWriter(store, "validation", first_row_id=7, shard_rows=16, fingerprint="d")
@@ -204,6 +234,6 @@ def test_a_validation_that_no_temperature_fits_is_refused(tmp_path: Path, margin
     name, facts = "teacher/cache/validation-00000.parquet", {"codec": "dense-float32", "classes": 3}
     entry = write_logits(store, name, np.arange(7, 11), logits_NK, codec="dense-float32", fingerprint="c")
     commit_manifest(store, "teacher/cache", "c", [entry], facts)
-    with pytest.raises(UserError, match=f"teacher.calibrate: the teacher {found} all 4 validation rows.*false$"):
+    with pytest.raises(UserError, match=f"^teacher.calibrate: the {found} so that.*false$"):
         calibrate(Run(store), Progress(lambda line: None))
     assert read_manifest(store, "teacher/calibration") is None

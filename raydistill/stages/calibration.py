@@ -22,6 +22,7 @@ from raydistill.report.measures import measures_of
 from raydistill.stages.progress import Progress
 
 FOLDER = "teacher/calibration"
+CERTAIN_NLL = 1e-3  # nats at the lowest temperature: more than a teacher has that is right on every row
 
 
 def calibrate(run: Run, progress: Progress) -> None:
@@ -39,10 +40,10 @@ def calibrate(run: Run, progress: Progress) -> None:
     # Six digits, so that machines that sum in another order find the same.
     temperature = float(f"{temperature:.6g}")
     if not LOWEST_TEMPERATURE < temperature < HIGHEST_TEMPERATURE:
-        found = "is right on" if temperature <= LOWEST_TEMPERATURE else "knows nothing of"
         raise UserError(
-            f"teacher.calibrate: the teacher {found} all {len(labels_N):,} validation rows, so that no temperature fits"
-            " them best. Give more validation rows, or set teacher.calibrate=false"
+            f"teacher.calibrate: {_reason(temperature, logits_NK, labels_N)}, so that no temperature from"
+            f" {LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g} fits them best. Give more validation rows, or set"
+            " teacher.calibrate=false"
         )
     nll = measures_of(labels_N).nll
     before, after = nll(logits_NK, labels_N), nll(logits_NK / temperature, labels_N)
@@ -52,6 +53,17 @@ def calibrate(run: Run, progress: Progress) -> None:
         f"calibrate: temperature {temperature:g}, fitted on {len(labels_N):,} validation rows (NLL {before:.4f} before,"
         f" {after:.4f} after)"
     )
+
+
+def _reason(temperature: float, logits_NK: np.ndarray, labels_N: np.ndarray) -> str:
+    """Why the temperature that fits the labels lies at an end of the range."""
+    rows = f"{len(labels_N):,} validation rows"
+    if temperature >= HIGHEST_TEMPERATURE:
+        return f"the teacher's logits fit the labels of the {rows} no better than chance"
+    # Logits close to 0 could only be scaled up further.
+    if measures_of(labels_N).nll(logits_NK / LOWEST_TEMPERATURE, labels_N) > CERTAIN_NLL:
+        return f"the teacher's logits on the {rows} are all within {np.abs(logits_NK).max():.2g} of 0"
+    return f"the teacher is right on all {rows}"
 
 
 def calibration_plan(run: Run) -> Plan:
