@@ -38,7 +38,7 @@ def ratio(base: list[float], other: list[float]) -> float:
 
 def open_small(out: Path):
     """The configuration, run and data manifest of the run `small`."""
-    from raydistill.config_file import load_config
+    from raydistill.config.file import load_config
     from raydistill.record.run import open_run
 
     config = load_config(out / "small" / "config.yaml")

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydistill.config import Config
-from raydistill.config_file import validate
+from raydistill.config.file import validate
+from raydistill.config.run import Config
 from raydistill.data.order import epoch_batches
 from raydistill.demo import write_new_bert
 from raydistill.models import start_classifier

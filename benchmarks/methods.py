@@ -27,8 +27,8 @@ import numpy as np
 from methods_field import BASES, METHODS, STUDENTS
 
 from raydistill.cache.shards import read_logits
-from raydistill.config import Config
-from raydistill.config_file import validate
+from raydistill.config.file import validate
+from raydistill.config.run import Config
 from raydistill.data.shards import read_split
 from raydistill.data.tokens import tokenise
 from raydistill.models import count_parameters

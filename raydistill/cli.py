@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from raydistill.config import Config
-from raydistill.config_file import load_config
+from raydistill.config.file import load_config
+from raydistill.config.run import Config
 from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.record.run import STAGES, clear, find_run, leftovers, verify
 from raydistill.stages.progress import Progress, size

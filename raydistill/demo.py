@@ -8,8 +8,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from raydistill.config import Config
-from raydistill.config_file import validate
+from raydistill.config.file import validate
+from raydistill.config.run import Config
 from raydistill.models import quiet_transformers
 from raydistill.tickets import write_tickets
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from raydistill.adapters import belongs_to
-from raydistill.config import Training
+from raydistill.config.training import Training
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}

@@ -12,7 +12,7 @@ from test_training import equal, facts, points, student_weights
 from tiny_models import ENCODERS, LABELS, outputs, tiny
 
 from raydistill import adapters
-from raydistill.config import Lora, Student
+from raydistill.config.student import Lora, Student
 from raydistill.data.shards import read_split
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError

@@ -15,8 +15,10 @@ import torch
 from safetensors.numpy import load_file
 from small_runs import SmallRuns, results
 
-from raydistill.config import Loss, Teacher, identity
-from raydistill.config_file import load_config
+from raydistill.config.file import load_config
+from raydistill.config.loss import Loss
+from raydistill.config.section import identity
+from raydistill.config.teacher import Teacher
 from raydistill.data.feature_targets import cached_features
 from raydistill.data.loader import Split
 from raydistill.data.tokens import load_tokenizer

@@ -2,7 +2,7 @@
 
 import pytest
 
-from raydistill.config import Training
+from raydistill.config.training import Training
 from raydistill.errors import UserError
 from raydistill.stages.cluster import Resources, Share, check_precision, share_for_actors, share_for_training
 

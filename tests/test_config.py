@@ -12,9 +12,10 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from raydistill import config as definitions
-from raydistill.config import Config, Section, identity
-from raydistill.config_file import MAX_BYTES, load_config, scalar, to_yaml, validate
+from raydistill.config.file import MAX_BYTES, load_config, scalar, to_yaml, validate
+from raydistill.config.loss import LOSS_PARAMETERS, WITHOUT_TEMPERATURE, Features, Loss
+from raydistill.config.run import Config
+from raydistill.config.section import PLAIN_NAME, Added, Section, identity
 from raydistill.errors import UserError
 
 BASE = """\
@@ -190,7 +191,7 @@ WORDS = st.sampled_from(
 
 @given(
     text=TEXT | WORDS,
-    name=st.from_regex(definitions.RUN_NAME, fullmatch=True),
+    name=st.from_regex(PLAIN_NAME, fullmatch=True),
     rate=st.floats(1e-300, 10),
     share=st.floats(1e-12, 0.49),
     seed=st.integers(0, 2**32 - 1),
@@ -538,11 +539,11 @@ def test_the_identity_follows_what_determines_a_result_and_nothing_else(file: Pa
 
 
 def test_a_setting_that_came_later_changes_no_fingerprint_until_it_is_used():
-    class Before(definitions.Section):
+    class Before(Section):
         epochs: int = 1
 
     class Now(Before):
-        again: tuple[int, ...] | None = definitions.Added(None)
+        again: tuple[int, ...] | None = Added(None)
 
     assert identity(Now()) == identity(Before()) == {"epochs": 1}
     assert identity(Now(again=(2, 3))) == {"epochs": 1, "again": [2, 3]}
@@ -570,11 +571,11 @@ def test_the_losses_of_the_config_are_those_of_the_registry():
     from raydistill.losses.registry import RESPONSE_LOSSES
 
     single_label = {kind: loss for kind, loss in RESPONSE_LOSSES.items() if not loss.multi_label}
-    fields = definitions.Loss.model_fields
+    fields = Loss.model_fields
     assert typing.get_args(fields["kind"].annotation) == tuple(single_label)
-    assert tuple(k for k, loss in single_label.items() if not loss.uses_temperature) == definitions.WITHOUT_TEMPERATURE
+    assert tuple(k for k, loss in single_label.items() if not loss.uses_temperature) == WITHOUT_TEMPERATURE
     found = {(kind, name) for kind, loss in single_label.items() for name in loss.parameters}
-    assert found == {(kind, name) for name, kinds in definitions.LOSS_PARAMETERS.items() for kind in kinds}
+    assert found == {(kind, name) for name, kinds in LOSS_PARAMETERS.items() for kind in kinds}
     for kind, name in found:
         parameter = single_label[kind].parameters[name]
         bounds = {type(b).__name__: getattr(b, type(b).__name__.lower()) for b in fields[name].metadata}
@@ -607,7 +608,7 @@ def test_a_loss_that_cannot_be_is_refused(file: Path, loss: str, message: str):
 def test_the_feature_losses_of_the_config_are_those_of_the_objective():
     from raydistill.losses.feature_objective import FEATURE_LOSSES
 
-    assert typing.get_args(definitions.Features.model_fields["kind"].annotation) == tuple(FEATURE_LOSSES)
+    assert typing.get_args(Features.model_fields["kind"].annotation) == tuple(FEATURE_LOSSES)
 
 
 @pytest.mark.parametrize(

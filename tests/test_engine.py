@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from raydistill import adapters
-from raydistill.config import Lora, Training
+from raydistill.config.student import Lora
+from raydistill.config.training import Training
 from raydistill.engine import Engine, _import_deepspeed, deepspeed_config, parameter_groups
 
 STAGES = (0, 1, 2, 3)

@@ -10,7 +10,7 @@ import torch
 from small_runs import SmallRuns
 from tiny_models import LABELS, batch, outputs, tiny
 
-from raydistill.config import Student
+from raydistill.config.student import Student
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import count_parameters

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each layer imports from itself and from those before it.
 LAYERS = (
-    ("errors", "config", "config_file"),
+    ("errors", "config"),
     ("record",),
     ("losses", "targets"),
     ("cache",),

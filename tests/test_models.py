@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import LABELS, outputs, tiny
 
-from raydistill.config import Student
+from raydistill.config.student import Student
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import (

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_models import ENCODERS, LABELS, outputs, tiny
 
-from raydistill.config import Student
+from raydistill.config.student import Student
 from raydistill.data.shards import DataShard
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError

@@ -23,7 +23,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
 
 from raydistill.cache.shards import read_logits, write_logits
-from raydistill.config_file import validate
+from raydistill.config.file import validate
 from raydistill.data.shards import read_split
 from raydistill.errors import UserError, storage_problem
 from raydistill.record import lock

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ENCODERS, LABELS, outputs, tiny
 
-from raydistill.config import Student
+from raydistill.config.student import Student
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import count_parameters, label_order, load_classifier

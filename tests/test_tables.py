@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import ENCODERS, LABELS, batch, tiny
 
-from raydistill.config import Student
+from raydistill.config.student import Student
 from raydistill.errors import UserError
 from raydistill.models import positions
 from raydistill.students.build import build_student

@@ -12,7 +12,8 @@ from small_runs import SmallRuns
 from test_training import equal, points, student_weights
 
 from raydistill.cache.shards import read_logits
-from raydistill.config import Config, Stage, Train
+from raydistill.config.run import Config
+from raydistill.config.train import Stage, Train
 from raydistill.data.shards import read_split
 from raydistill.record.commit import read_manifest
 from raydistill.record.run import Run, find_run, verify

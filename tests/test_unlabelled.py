@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 
 
 def test_a_plan_counts_them(runs: Any, changes: dict[str, Any]):
-    from raydistill.config_file import validate
+    from raydistill.config.file import validate
     from raydistill.stages import pipeline
     from raydistill.stages.progress import Progress
 

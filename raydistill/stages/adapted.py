@@ -20,7 +20,8 @@ from raydistill.adapters import (
     whole,
     without_spares,
 )
-from raydistill.config import Config, Lora, Student
+from raydistill.config.run import Config
+from raydistill.config.student import Lora, Student
 from raydistill.errors import UserError
 from raydistill.models import quiet_transformers, save_classifier, save_tokenizer, share_weights
 from raydistill.stages.cluster import Resources

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from raydistill.cache.shards import read_logits
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.data.loader import pair_entries
 from raydistill.data.shards import read_shard
 from raydistill.errors import UserError

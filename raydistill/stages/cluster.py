@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.config import Config, Training
+from raydistill.config.run import Config
+from raydistill.config.training import Training
 from raydistill.errors import UserError, first_line
 
 OBJECT_STORE_BYTES = 300_000_000

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from raydistill.cache.shards import read_logits
-from raydistill.config import Config, identity
+from raydistill.config.run import Config
+from raydistill.config.section import identity
 from raydistill.data.shards import read_shard, read_split
 from raydistill.losses.calibration import fit_label_temperature
 from raydistill.losses.ensemble import ensemble_logits

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from raydistill.cache.feature_shards import FeatureColumn
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
 from raydistill.losses.cached_features import all_names, axes_of, serving

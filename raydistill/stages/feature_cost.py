@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.data.shards import STUDENT_SPLITS, read_split
 from raydistill.data.sources import Row, read_rows
 from raydistill.data.tokens import load_tokenizer, tokenise

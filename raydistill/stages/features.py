@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from raydistill.config import Config, Features
+from raydistill.config.loss import Features
+from raydistill.config.run import Config
 from raydistill.errors import UserError
 from raydistill.feature_tap import ARCHITECTURES
 from raydistill.losses.feature_objective import FEATURE_LOSSES, FeatureTerm

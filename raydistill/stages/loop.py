@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from raydistill.adapters import frozen_parameters, load_trained
-from raydistill.config import Config, Training
+from raydistill.config.run import Config
+from raydistill.config.training import Training
 from raydistill.data.feature_targets import cached_features
 from raydistill.data.folds import FoldRows
 from raydistill.data.loader import Batch, Split

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from raydistill.cache.shards import read_logits, write_logits
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.data.duplicates import text_key
 from raydistill.data.folds import FOLDER as FOLDS
 from raydistill.data.folds import assign_folds, write_folds

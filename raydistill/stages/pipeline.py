@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from raydistill.config import Config
-from raydistill.config_file import to_yaml
+from raydistill.config.file import to_yaml
+from raydistill.config.run import Config
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
 from raydistill.models import find_model

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cache.codecs import CODECS
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.data.tokens import load_tokenizer

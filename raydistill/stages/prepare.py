@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
-from raydistill.config import Config, identity
+from raydistill.config.run import Config
+from raydistill.config.section import identity
 from raydistill.data.augment import Rules, augmented_rows
 from raydistill.data.duplicates import TextIndex
 from raydistill.data.labels import Label, LabelNumbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.record.run import PARTS, Run, part_of
 from raydistill.stages.checkpoints import Checkpoints
 from raydistill.stages.teachers import trainings

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.models import ModelSource, model_identity
 from raydistill.record.commit import Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan

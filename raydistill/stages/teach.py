@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.data.tokens import load_tokenizer
 from raydistill.models import check_length, label_order, model_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.data.folds import FoldRows
 from raydistill.data.tokens import load_tokenizer
 from raydistill.models import ModelSource, check_length, label_order, model_identity, refuse_adapter

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.record.commit import Manifest
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources

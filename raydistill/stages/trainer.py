@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Any
 
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.models import ModelSource
 from raydistill.record.commit import Manifest

@@ -5,17 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from raydistill.config import (
-    KINDS_OF_SETS,
-    LOSS_PARAMETERS,
-    WITHOUT_TEMPERATURE,
-    Config,
-    Loss,
-    TeacherMetrics,
-    Train,
-    Training,
-    identity,
-)
+from raydistill.config.loss import KINDS_OF_SETS, LOSS_PARAMETERS, WITHOUT_TEMPERATURE, Loss
+from raydistill.config.run import Config
+from raydistill.config.section import identity
+from raydistill.config.train import Train
+from raydistill.config.training import TeacherMetrics, Training
 from raydistill.data.folds import FoldRows
 from raydistill.data.shards import LABELLED_SPLITS, STUDENT_SPLITS
 from raydistill.losses.courses import Course

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from raydistill.config import Config, Train, identity
+from raydistill.config.run import Config
+from raydistill.config.section import identity
+from raydistill.config.train import Train
 from raydistill.record.run import PARTS
 
 

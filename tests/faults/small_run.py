@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 
 from raydistill import demo, engine, models, tickets
-from raydistill.config import Config
-from raydistill.config_file import validate
+from raydistill.config.file import validate
+from raydistill.config.run import Config
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.record import store

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raydistill.config import Config
+from raydistill.config.run import Config
 from raydistill.errors import UserError
 
 MAX_BYTES = 1 << 20

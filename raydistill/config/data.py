@@ -1,0 +1,87 @@
+"""`data`: where the rows come from and what becomes of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from raydistill.config.section import MAX_SEED, Section
+
+
+class Augment(Section):
+    """More texts made from train's by rules (Tang et al. 2019, arXiv:1903.12136), for the student alone."""
+
+    copies: int = Field(default=1, ge=1, le=1000, description="texts made from each row of train")
+    mask: float = Field(default=0.1, ge=0, le=1, description="share of words that become the teacher's mask token")
+    replace: float = Field(default=0.1, ge=0, le=1, description="share of words replaced by one of the same label's")
+    ngram: float = Field(default=0.25, ge=0, le=1, description="share of texts cut to 1 to 5 words in a row")
+    keep_labels: bool = Field(default=False, description="the student also learns these texts' original labels")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the rules")
+
+    @model_validator(mode="after")
+    def _rules_do_something(self) -> Augment:
+        if not self.mask + self.replace + self.ngram:
+            raise ValueError("mask, replace and ngram are all 0, so that every copy would be its row; raise one")
+        if self.mask + self.replace > 1:
+            raise ValueError(f"mask {self.mask} and replace {self.replace} are shares of the same words; lower one")
+        return self
+
+
+class Data(Section):
+    """Where rows come from and how they become shards."""
+
+    train: str = Field(min_length=1, description="a file, a glob, s3://…, gs://… or hf://dataset")
+    validation: float | str = Field(
+        default=0.1, description="a stratified share of train (0 < share < 0.5), or a source"
+    )
+    test: str = Field(min_length=1, description="read by evaluate alone")
+    unlabelled: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="a source, or a list of them, of more texts: the teacher scores them for the student"
+    )
+    keep_unlabelled: bool = Field(
+        default=False, description="rows of train with an empty label join the unlabelled ones and are not dropped"
+    )
+    augment: Augment | None = Field(default=None, description="absent: no texts are made")
+    text: str = Field(default="text", min_length=1, description="the column that holds the text")
+    label: str = Field(default="label", min_length=1, description="the column that holds the label's name")
+    label_separator: str = Field(
+        default="|", min_length=1, max_length=16, description="task multi_label: between the names in a text"
+    )
+    delimiter: str = Field(default=",", min_length=1, max_length=1, description="of CSV files")
+    max_length: int = Field(
+        default=128, ge=2, le=131_072, description="tokens a row may have; longer rows are truncated"
+    )
+    max_row_bytes: int = Field(
+        default=1 << 20, ge=1, le=1 << 28, description="rows with a longer text are dropped and counted"
+    )
+    max_dropped: float = Field(
+        default=0.1, ge=0, le=1, description="share of a split's rows that may be dropped before it is an error"
+    )
+    shard_rows: int = Field(default=4096, ge=1, le=1 << 20, description="rows of every shard but the last of a split")
+    split_seed: int = Field(default=0, ge=0, le=MAX_SEED, description="draws the validation rows")
+
+    @field_validator("validation")
+    @classmethod
+    def _share_is_sensible(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 < value < 0.5:
+            raise ValueError("a share must be above 0 and below 0.5; or give a path")
+        return value
+
+    @field_validator("unlabelled", mode="before")
+    @classmethod
+    def _one_source_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_delimits(cls, value: str) -> str:
+        if value in '"\r\n':
+            raise ValueError('a delimiter is neither a quote (") nor an end of line; use a sign such as , or ;')
+        return value
+
+    @model_validator(mode="after")
+    def _columns_differ(self) -> Data:
+        if self.text == self.label:
+            raise ValueError(f"text and label name the same column, {self.text!r}; the label needs its own")
+        return self

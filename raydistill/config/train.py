@@ -1,0 +1,113 @@
+"""`train`: the student's training, whole or in stages."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from raydistill.config.loss import Loss
+from raydistill.config.section import MAX_SEED, PLAIN_NAME, Added, Section
+from raydistill.config.training import Metric, Training
+
+
+def _as_in_train(name: str) -> Any:
+    """A Field of a stage with the bounds that the setting has in `train`; absent, it is taken from there."""
+    bounds = {
+        type(b).__name__.lower(): getattr(b, type(b).__name__.lower()) for b in Training.model_fields[name].metadata
+    }
+    return Field(default=None, description=f"absent: train.{name}", **bounds)
+
+
+class Stage(Section):
+    """One stage of the student's training. What it leaves out is as in `train`; a loss that it gives stands alone."""
+
+    name: str = Field(description="of its folder, train/stages/<number>-<name>")
+    teacher: Literal["teacher", "previous"] = Field(
+        default="teacher", description="previous: the student as the stage before left it"
+    )
+    start: Literal["previous", "fresh"] | None = Field(
+        default=None, description="from the weights of the stage before (absent: so), or from new first ones"
+    )
+    epochs: int | None = _as_in_train("epochs")
+    batch_size: int | None = _as_in_train("batch_size")
+    learning_rate: float | None = _as_in_train("learning_rate")
+    schedule: Literal["cosine", "linear", "constant"] | None = _as_in_train("schedule")
+    warmup: float | None = _as_in_train("warmup")
+    weight_decay: float | None = _as_in_train("weight_decay")
+    clip: float | None = _as_in_train("clip")
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="absent: train.seed plus the number of stages before this one"
+    )
+    metric: Metric | None = _as_in_train("metric")
+    choose: Literal["best", "last"] | None = _as_in_train("choose")
+    validate_every: int | None = _as_in_train("validate_every")
+    patience: int | None = _as_in_train("patience")
+    loss: Loss | None = Field(default=None, description="absent: train.loss")
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not PLAIN_NAME.fullmatch(value):
+            raise ValueError("a stage's name is a plain name of letters, digits, '.', '_' and '-', at most 64")
+        return value
+
+
+class Train(Training):
+    """The student's training; its control takes the same settings with alpha 0."""
+
+    loss: Loss = Loss()
+    stages: tuple[Stage, ...] | None = Added(
+        None, description="trainings one after the other; the student is what the last one makes"
+    )
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> Train:
+        if self.stages is not None and not self.stages:
+            raise ValueError("stages is an empty list. Leave it out, or name a stage")
+        names = [stage.name for stage in self.stages or ()]
+        for number, stage in enumerate(self.stages or ()):
+            try:
+                if stage.name in names[:number]:
+                    raise ValueError(f"stages[{names.index(stage.name)}] has that name too. Give it another")
+                self._check_stage(number, stage)
+            except ValueError as error:
+                problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+                where = f"stages[{number}] ({stage.name})"
+                raise ValueError(f"{where}: {problem.removeprefix('Value error, ')}") from None
+        return self
+
+    def _check_stage(self, number: int, stage: Stage) -> None:
+        settings = self.of_stage(number)
+        for setting in ("teacher", "start"):
+            if number == 0 and getattr(stage, setting) == "previous":
+                raise ValueError(f"{setting}: previous, and no stage comes before. Leave it out")
+        if stage.teacher == "previous" and not settings.loss.has_teacher:
+            raise ValueError("teacher: previous, and its loss, with alpha 0, takes nothing from a teacher. Raise alpha")
+        if stage.teacher == "previous" and settings.loss.features_from == "cache":
+            raise ValueError(
+                "teacher: previous, and the cache holds the first teacher's features. Set loss.features_from: teacher"
+            )
+        if number > 0 and stage.start == "fresh" and stage.teacher == "teacher":
+            raise ValueError(
+                "start: fresh with the teacher leaves nothing of the stages before. Remove them, or set"
+                " teacher: previous, or leave start out"
+            )
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The loss of every stage; of a training without stages the one that it has."""
+        return (self.loss,) if self.stages is None else tuple(stage.loss or self.loss for stage in self.stages)
+
+    @property
+    def caches_features(self) -> bool:
+        """Whether any stage takes the teacher's features from the cache."""
+        return any(loss.features_from == "cache" for loss in self.losses)
+
+    def of_stage(self, number: int) -> Train:
+        """The settings of a stage, counted from 0, as of a training without stages. Raises ValidationError."""
+        assert self.stages is not None
+        names = [name for name in type(self).model_fields if name != "stages"]
+        own = {name: value for name in names if (value := getattr(self.stages[number], name, None)) is not None}
+        seed = (self.seed + number) % (MAX_SEED + 1)
+        return Train.model_validate({name: getattr(self, name) for name in names} | {"seed": seed} | own)
