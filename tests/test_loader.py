@@ -118,6 +118,26 @@ def test_a_batch_carries_text_label_and_logits_of_the_same_rows(split: Split, to
     assert sorted(seen) == list(range(ROWS))
 
 
+def test_batches_by_length_hold_the_same_rows_with_less_padding(
+    store: LocalStore, data: Manifest, cache: Manifest, tokenizer: Any, ticket_texts: list[str]
+):
+    def tokens(batches: list[list[Batch]]) -> int:
+        return sum(batch.inputs["input_ids"].numel() for (batch,) in batches)
+
+    split = Split(store, "train", data, cache, tokenizer=tokenizer, max_length=64)
+    found = steps(split, by_length=True)
+    real = sum(int(batch.inputs["attention_mask"].sum()) for (batch,) in found)
+    assert real <= tokens(found) < 0.9 * tokens(steps(split))
+    assert sorted(row for (batch,) in found for row in ids(batch)) == list(range(FIRST_ROW_ID, FIRST_ROW_ID + ROWS))
+    for (batch,) in found:
+        rows = [row - FIRST_ROW_ID for row in ids(batch)]
+        assert batch.labels_N.tolist() == [row % CLASSES for row in rows]
+        texts = [ticket_texts[row] for row in rows]
+        expected = tokenizer(texts, truncation=True, max_length=64, padding=True, return_tensors="pt")
+        assert torch.equal(batch.inputs["input_ids"], expected["input_ids"])
+    split.close()
+
+
 def test_global_row_counts_are_those_of_the_order(split: Split):
     made = split.training_steps(seed=0, epoch=0, batch_size=10, first_step=0, rank=0, world=1, accumulation=1)
     counts = [rows for rows, _ in made]

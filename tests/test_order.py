@@ -1,11 +1,13 @@
 """The order of training rows: every row once an epoch, from (seed, epoch) alone, and the same from any step on."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.data.order import epoch_batches, steps_per_epoch, window_order, windows
+from raydistill.data.order import POOL_BATCHES, epoch_batches, steps_per_epoch, window_order, windows
 
 SHARDS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 Pairs = list[tuple[int, int]]
@@ -40,6 +42,42 @@ def test_going_on_from_any_step_gives_the_batches_that_are_left(
     whole = batches(shard_rows, seed=seed, batch_size=batch_size, window=window)
     rest = batches(shard_rows, seed=seed, batch_size=batch_size, window=window, first_step=first_step)
     assert rest == whole[first_step:]
+
+
+def lengths_of(seed: int, shard: int) -> np.ndarray:
+    return np.random.default_rng([seed, shard]).integers(1, 60, 40)
+
+
+def grouped(shard_rows: list[int], *, seed: int, batch_size: int, window: int, first_step: int = 0) -> list[Pairs]:
+    order = epoch_batches(
+        shard_rows, seed=seed, epoch=0, batch_size=batch_size, first_step=first_step, window_rows=window,
+        lengths=lambda shard: lengths_of(seed, shard),
+    )  # fmt: skip
+    return [[(int(shard), int(row)) for shard, row in places] for places, _ in order]
+
+
+@given(SHARDS, st.integers(0, 99), st.integers(1, 50), st.integers(1, 60), st.integers(0, 60))
+def test_grouped_by_length_each_row_comes_once_and_from_any_step_on(
+    shard_rows: list[int], seed: int, batch_size: int, window: int, first_step: int
+):
+    whole = grouped(shard_rows, seed=seed, batch_size=batch_size, window=window)
+    assert sorted(pair for batch in whole for pair in batch) == all_rows(shard_rows)
+    assert [len(b) for b in whole] == [len(b) for b in batches(shard_rows, batch_size=batch_size)]
+    rest = grouped(shard_rows, seed=seed, batch_size=batch_size, window=window, first_step=first_step)
+    assert rest == whole[first_step:]
+
+
+def test_grouped_by_length_batches_of_a_pool_do_not_overlap_and_come_in_random_order():
+    shards, batch_size = [40] * 30, 8
+    found = grouped(shards, seed=5, batch_size=batch_size, window=10**6)
+    plain = batches(shards, seed=5, batch_size=batch_size, window=10**6)
+    for start in range(0, 150, POOL_BATCHES):
+        pool = [sorted(lengths_of(5, s)[r] for s, r in batch) for batch in found[start : start + POOL_BATCHES]]
+        in_order = sorted(pool)
+        assert all(one[-1] <= other[0] for one, other in itertools.pairwise(in_order))
+        assert pool not in (in_order, in_order[::-1])
+        rows = {pair for batch in plain[start : start + POOL_BATCHES] for pair in batch}
+        assert rows == {pair for batch in found[start : start + POOL_BATCHES] for pair in batch}
 
 
 def test_order_is_a_function_of_seed_and_epoch():

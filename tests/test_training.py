@@ -190,8 +190,15 @@ def test_feature_losses_train_the_student_and_leave_no_trace_in_it(runs, case: s
     assert not [name for name in student_weights(folder) if "projection" in name or name.startswith("student.")]
 
 
-def test_a_training_with_projections_goes_on_after_a_kill_to_the_same_weights(runs):
-    changes = {"train.loss.features": [{"kind": "hidden_mse"}], "student.hidden_size": 8}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.loss.features": [{"kind": "hidden_mse"}], "student.hidden_size": 8},
+        {"train.group_by_length": True},
+    ],
+    ids=["projections", "rows grouped by length"],
+)
+def test_a_training_goes_on_after_a_kill_to_the_same_weights(runs, changes: dict[str, Any]):
     whole, answer = runs.trained(changes)
     operations = answer["operations"]
     number = len(operations) - operations[::-1].index("rename step-00000006")

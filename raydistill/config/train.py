@@ -43,6 +43,7 @@ class Stage(Section):
     choose: Literal["best", "last"] | None = _as_in_train("choose")
     validate_every: int | None = _as_in_train("validate_every")
     patience: int | None = _as_in_train("patience")
+    group_by_length: bool | None = _as_in_train("group_by_length")
     loss: Loss | None = Field(default=None, description="absent: train.loss")
 
     @field_validator("name")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from raydistill.config.section import MAX_SEED, Section, Speed
+from raydistill.config.section import MAX_SEED, Added, Section, Speed
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 Metric = Literal["accuracy", "macro_f1", "micro_f1", "nll", "kl", "agreement"]
@@ -49,6 +49,7 @@ class Training(Section):
         default=None, ge=1, description="steps between validations; absent: once an epoch"
     )
     patience: int | None = Field(default=None, ge=1, description="validations without improvement before stopping")
+    group_by_length: bool = Added(False, description="batches of rows that are about as long: fewer tokens are padding")
     accumulation: int = Speed(1, ge=1, description="micro-batches per optimiser step and worker")
     gradient_checkpointing: bool = Speed(False)
     checkpoint_every: int | None = Speed(None, ge=1, description="steps between checkpoints; absent: at validations")

@@ -171,14 +171,22 @@ class Split:
         return self._features.batch(rows, max(int(shard.tokens_N[row]) for shard, row in rows))
 
     def training_steps(
-        self, *, seed: int, epoch: int, batch_size: int, first_step: int, rank: int, world: int, accumulation: int
-    ) -> Iterator[tuple[int, Callable[[], Iterator[Batch]]]]:
+        self, *, seed: int, epoch: int, batch_size: int, first_step: int, rank: int, world: int, accumulation: int,
+        by_length: bool = False,
+    ) -> Iterator[tuple[int, Callable[[], Iterator[Batch]]]]:  # fmt: skip
         """(global row count, this rank's micro-batches) of every step of an epoch from first_step on."""
-        order = epoch_batches(self.shard_rows, seed=seed, epoch=epoch, batch_size=batch_size, first_step=first_step)
+        order = epoch_batches(
+            self.shard_rows, seed=seed, epoch=epoch, batch_size=batch_size, first_step=first_step,
+            lengths=self._lengths if by_length else None,
+        )  # fmt: skip
         for places, needed in order:
             self._needed = {*needed, *places[:, 0].tolist()}
             self.read_ahead(needed)
             yield len(places), lambda places=places: self._micro_batches(places, rank, world, accumulation)
+
+    def _lengths(self, number: int) -> npt.NDArray[np.integer]:
+        self._needed = self._needed | {number}  # the batches that come hold its rows
+        return self.shard(number).tokens.lengths_N
 
     def _micro_batches(
         self, places: npt.NDArray[np.int64], rank: int, world: int, accumulation: int

@@ -207,6 +207,7 @@ class _Worker:
             rank=self.rank,
             world=self.world,
             accumulation=self.settings.accumulation,
+            by_length=self.settings.group_by_length,
         )
 
     def _step(self, global_rows: int, batches: list[Batch]) -> None:
