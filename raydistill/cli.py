@@ -99,7 +99,7 @@ def status(run_folder: RunFolder) -> None:
 
     found_run = find_run(run_folder)
     config = load_config(found_run.store.local("config.yaml"))
-    found = standings(found_run, config)
+    found = standings(found_run.lent(config.teacher.cache_from), config)
     table = Table("part", "stage", "state", "", box=None)
     for standing in found:
         table.add_row(standing.part, standing.stage, standing.state, standing.detail)

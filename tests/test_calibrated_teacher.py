@@ -19,6 +19,7 @@ from small_runs import SmallRuns
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raydistill.cache.shards import read_logits, write_logits
+from raydistill.cli import _main
 from raydistill.data.shards import ShardWriter, read_shard
 from raydistill.data.sources import Row
 from raydistill.errors import UserError
@@ -205,7 +206,7 @@ def test_students_with_and_without_it_are_not_confused(runs: SmallRuns, taught, 
     assert f"{folder}/train: teacher.calibrate: was made with nothing, now asked for " in later["error"]
 
 
-def test_a_cache_that_is_lent_is_calibrated_by_its_borrower(runs: SmallRuns, taught, calibrated: Path):
+def test_a_cache_that_is_lent_is_calibrated_by_its_borrower(runs: SmallRuns, taught, calibrated: Path, capsys):
     lender = copied(taught, "lender")
     before = {path: path.read_bytes() for path in lender.rglob("*") if path.is_file()}
     folder = runs.folder / "calibrated-borrower"
@@ -214,6 +215,10 @@ def test_a_cache_that_is_lent_is_calibrated_by_its_borrower(runs: SmallRuns, tau
     assert answer["error"] is None
     assert student(folder) == student(calibrated)
     assert {path: path.read_bytes() for path in lender.rglob("*") if path.is_file()} == before
+    assert _main(["status", str(folder)]) == 0
+    states = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert all("complete" in states[part] for part in ("data", "cache", "calibration", "student"))
+    assert "next is evaluate" in states["next"]
 
 
 @pytest.mark.parametrize(

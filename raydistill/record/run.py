@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raydistill.errors import UserError
@@ -67,6 +67,10 @@ class Run:
     store: Store
     lender: Store | None = None
     redo: str | None = None
+
+    def lent(self, location: str | None) -> Run:
+        """This run with the data and cache of the run at a location, where one is given."""
+        return replace(self, lender=open_store(location) if location else None)
 
     def home(self, part: str) -> Store:
         """The store in which a part stands."""
@@ -142,8 +146,7 @@ def _later(stage: str, redo: str) -> bool:
 
 def open_run(storage: str, name: str, *, cache_from: str | None = None, redo: str | None = None) -> Run:
     """The run of that name, and the run that lends it data and cache. Makes nothing."""
-    lender = open_store(cache_from) if cache_from else None
-    return Run(open_store(f"{storage.rstrip('/')}/{name}"), lender, redo)
+    return Run(open_store(f"{storage.rstrip('/')}/{name}"), redo=redo).lent(cache_from)
 
 
 def find_run(location: str) -> Run:
