@@ -37,7 +37,11 @@ class Progress:
         # After the first line the rate is counted from there: what came before it is mostly start-up.
         since, first = self._first.setdefault(what, (now, done))
         rate = (done - first) / (now - since) if done > first else done / max(now - started, 1e-9)
-        text = f"{what}: {done:,}" + (f" of {total:,}" if total is not None else "") + f" {unit}, {rate:,.0f} {unit}/s"
+        text = (
+            f"{what}: {done:,}"
+            + (f" of {total:,}" if total is not None else "")
+            + f" {unit}, {per_second(rate)} {unit}/s"
+        )
         if total is not None and not finished and rate > 0:
             text += f", {duration((total - done) / rate)} left"
         self.say(text + (f", {facts}" if facts else ""))
@@ -76,6 +80,11 @@ class Progress:
         self._stop.set()
 
 
+def per_second(rate: float) -> str:
+    """A rate as people read it: two digits of a slow one."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as people read them: 42 s, 3 min 20 s, 2 h 05 min."""
     whole = int(seconds + 0.5)
@@ -88,8 +97,8 @@ def duration(seconds: float) -> str:
 
 def size(size_bytes: float) -> str:
     """Bytes as people read them."""
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB", "TB"):
         if size_bytes < 1000:
             return f"{size_bytes:.3g} {unit}"
         size_bytes /= 1000
-    return f"{size_bytes:,.3g} TB"
+    return f"{size_bytes:,.3g} PB"
