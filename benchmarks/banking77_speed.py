@@ -194,7 +194,7 @@ def student_steps(out: Path, threads: int) -> dict[str, dict]:
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
 
-    seconds: dict[str, list[float]] = {"plain": [], "kd": [], "ce": [], "loader": []}
+    seconds: dict[str, list[float]] = {"plain": [], "kd": [], "ce": [], "loader": [], "by_length": []}
     for _ in range(STEPS):
         places = ours["kd"].next_places()
         starts = np.cumsum([0, *first.train_split.shard_rows])
@@ -205,6 +205,8 @@ def student_steps(out: Path, threads: int) -> dict[str, dict]:
         _timed(seconds["loader"], lambda p=places: first.train_split.batch(p))
         for name, stepper in ours.items():
             _timed(seconds[name], lambda s=stepper, p=places: s.step(p))
+        grouped = ours["kd"].next_places(by_length=True)
+        _timed(seconds["by_length"], lambda p=grouped: ours["kd"].step(p))
     kept = {name: values[10:] for name, values in seconds.items()}
     milliseconds = {f"{name}_ms": round(statistics.median(values) * 1e3, 2) for name, values in kept.items()}
     return {
@@ -213,6 +215,8 @@ def student_steps(out: Path, threads: int) -> dict[str, dict]:
             "raydistill_over_plain": ratio(kept["kd"], kept["plain"]),
             "distillation_over_cross_entropy": ratio(kept["kd"], kept["ce"]),
             "loader_share_of_step": ratio(kept["loader"], kept["kd"]),
+            # Means: steps by length differ from each other as those of mixed rows do not.
+            "by_length_over_kd": round(statistics.mean(kept["by_length"]) / statistics.mean(kept["kd"]), 3),
         }
     }
 
@@ -236,17 +240,20 @@ class Stepper:
         from raydistill.stages.loop import _Worker
 
         self.worker = _Worker(job, lambda update: None, lambda: False)
-        self._order = iter(())
+        self._orders = {True: iter(()), False: iter(())}
 
-    def next_places(self) -> np.ndarray:
+    def next_places(self, by_length: bool = False) -> np.ndarray:
         from raydistill.data.order import epoch_batches
 
-        places = next(self._order, None)
+        places = next(self._orders[by_length], None)
         if places is None:
             split = self.worker.train_split
-            batches = epoch_batches(split.shard_rows, seed=0, epoch=self.worker.state.step // 100, batch_size=32)
-            self._order = iter([p for p, _ in batches if len(p) == 32])
-            places = next(self._order)
+            batches = epoch_batches(
+                split.shard_rows, seed=0, epoch=self.worker.state.step // 100, batch_size=32,
+                lengths=split._lengths if by_length else None,
+            )  # fmt: skip
+            self._orders[by_length] = iter([p for p, _ in batches if len(p) == 32])
+            places = next(self._orders[by_length])
         return places
 
     def step(self, places: np.ndarray) -> None:

@@ -13,10 +13,11 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK = "#010203"  # replaced by the page's own colour of text
 WIDTH = 7.6  # inches
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False,
     "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
     "ytick.color": INK,
@@ -61,7 +62,7 @@ def learning_curves(trials: Trials, metric: str, winner: int | None) -> str:
             axes.plot(epochs[-1], values[-1], marker, color=colour, markersize=4.5, alpha=style["alpha"])
         axes.set_xlabel("epoch (× stopped early, ▾ failed, • trained to its end)")
         axes.set_ylabel(f"validation {words(metric)}")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if winner is not None:
             axes.legend(frameon=False, loc="best")
 
