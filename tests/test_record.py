@@ -26,6 +26,7 @@ from raydistill.cache.shards import read_logits, write_logits
 from raydistill.data.shards import ShardWriter, read_shard, read_split
 from raydistill.data.sources import Row
 from raydistill.errors import UserError, storage_problem
+from raydistill.record import store as store_module
 from raydistill.record.commit import (
     MANIFEST,
     Entry,
@@ -235,6 +236,22 @@ def test_first_difference(old, new, expected):
 
 
 # --- shards
+
+
+def test_new_folders_outlast_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # A file is as durable as the names that lead to it.
+    synced: list[Path] = []
+    monkeypatch.setattr(store_module, "_fsync", synced.append)
+    store = LocalStore(str(tmp_path / "runs/one"))
+    store.write("teacher/cache/a", b"a")
+    made = [tmp_path / "runs/one/teacher", tmp_path / "runs/one", tmp_path / "runs", tmp_path]
+    assert synced[:4] == made
+    assert synced[-1] == tmp_path / "runs/one/teacher/cache"
+    synced.clear()
+    store.write("teacher/cache/b", b"b")
+    assert not set(made) & set(synced)
+    assert store.create("train/LOCK", b"")
+    assert tmp_path / "runs/one" in synced
 
 
 def a_shard(store: LocalStore, name: str = "data/train-00000.parquet", rows: int = 5, fingerprint: str = "f") -> Entry:

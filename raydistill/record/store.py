@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -177,7 +178,7 @@ class LocalStore:
 
     def create(self, name: str, data: bytes) -> bool:
         path = Path(self.where(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent)
         step("create", str(path))
         try:
             with open(path, "xb") as file:
@@ -189,7 +190,7 @@ class LocalStore:
     def staging(self, name: str) -> Path:
         path = Path(self.where(name))
         step("mkdir", str(path.parent))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folders(path.parent)
         return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
 
     def publish(self, staged: Path, name: str) -> None:
@@ -341,6 +342,15 @@ class ObjectStore:
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_folders(folder: Path) -> None:
+    """Makes a folder and those above it, durably: a new folder is a name in the one above."""
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        with contextlib.suppress(PermissionError):  # a folder that may be written to and not be read
+            _fsync(path.parent)
 
 
 def _fsync(path: Path) -> None:
