@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "config"),
     ("record",),
+    ("search",),
     ("losses", "targets"),
     ("cache",),
     ("data",),
@@ -31,6 +32,7 @@ ONLY = {
     "transformers": {"models", "students", "data", "demo"},
     "ray": {"stages", "jobs"},
     "peft": {"adapters"},
+    "optuna": {"search"},
 }
 MATHS = {"losses", "targets"}
 
@@ -95,6 +97,11 @@ def test_the_maths_imports_torch_alone(module: str):
     assert {layer_name(name) for name in imports(module) if name.startswith("raydistill")} <= MATHS
 
 
+@pytest.mark.parametrize("module", [module for module in CODE if layer_name(module) == "search"])
+def test_a_search_decides_without_models(module: str):
+    assert packages(module) - set(sys.stdlib_module_names) <= {"raydistill", "numpy", "optuna"}
+
+
 @pytest.mark.parametrize("module", [module for module in CODE if layer_name(module) == "report"])
 def test_the_report_is_made_of_facts_alone(module: str):
     assert {layer_name(name) for name in imports(module) if name.startswith("raydistill")} <= {"report"}
@@ -127,7 +134,7 @@ for module in {[module for module in CODE if not module.endswith("__main__")]!r}
 assert dict(os.environ) == environment, set(os.environ.items()) ^ set(environment.items())
 assert threading.enumerate() == [threading.main_thread()], threading.enumerate()
 assert not logging.getLogger().handlers
-heavy = {{"ray", "transformers", "deepspeed"}} & set(sys.modules)
+heavy = {{"ray", "transformers", "deepspeed", "optuna"}} & set(sys.modules)
 assert not heavy, heavy
 print("nothing was done")
 """

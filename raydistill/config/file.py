@@ -6,18 +6,18 @@ Scalars follow YAML 1.2, so that `1e-3` is a number and `no` is a word.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-import typing
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from raydistill.config.messages import Path_, cut, describe, dotted, first_error, place_of
+from raydistill.config.points import check_space
 from raydistill.config.run import Config
+from raydistill.config.tune import Tune
 from raydistill.errors import UserError
 
 MAX_BYTES = 1 << 20
@@ -27,16 +27,6 @@ YAML_HINT = "Check indentation (no tabs), and quote text that begins with a sign
 SECRET = re.compile(
     r"(sk-(ant-)?[\w-]{16,}|hf_\w{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_\w{16,}|[0-9a-f]{40})$|(?!hf:)\w+://[^/@]*:[^/@]+@"
 )
-
-PHRASES = {
-    "^(input|string) should": "it should",
-    r"a valid dictionary( or instance of \w+)?": "a section of settings",
-    "a valid tuple": "a list",
-    "a valid string": "text",
-    "a valid boolean, unable to interpret input": "true or false",
-}
-
-Path_ = tuple[str | int, ...]
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
@@ -144,7 +134,7 @@ def apply_override(tree: dict[str, Any], lines: dict[Path_, str], override: str)
     name, sign, text = override.partition("=")
     keys = name.strip().split(".")
     if not sign or not all(keys):
-        raise UserError(f"command line: {_cut(repr(override))} is not an override. Write section.key=value")
+        raise UserError(f"command line: {cut(repr(override))} is not an override. Write section.key=value")
     value, _ = parse_yaml(text, f"command line: {dotted(tuple(keys))}") if text.strip() else (None, {})
     place: Any = tree
     for key in keys[:-1]:
@@ -165,59 +155,10 @@ def validate(tree: dict[str, Any], lines: dict[Path_, str], source: str) -> Conf
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_first_error(error, lines, source)) from None
+        raise UserError(first_error(error, lines, source)) from None
+    if config.tune is not None:
+        check_space(config, lines, source)
     return _absolute(config)
-
-
-def _first_error(error: ValidationError, lines: dict[Path_, str], source: str) -> str:
-    """One line for the most telling of pydantic's errors: an unknown name explains a missing one, so it comes first."""
-    found = min(
-        error.errors(),
-        key=lambda e: (
-            ["extra_forbidden", "value_error"].index(e["type"])
-            if e["type"] in ("extra_forbidden", "value_error")
-            else 2
-        ),
-    )
-    path: Path_ = found["loc"]
-    message = found["msg"][0].lower() + found["msg"][1:]
-    if found["type"] != "extra_forbidden" and path[-1:] in (("float",), ("str",)):  # members of a union
-        path, message = path[:-1], "it should be a finite number or text"
-    where, field = _where(path, lines, source), dotted(path)
-    if found["type"] == "extra_forbidden":
-        known = sorted(_section_at(path[:-1]).model_fields)
-        near = difflib.get_close_matches(str(path[-1]), known, 1, 0.5)
-        hint = f"Did you mean {near[0]}?" if near else f"Known here: {', '.join(known)}."
-        return f"{where}: {field}: unknown setting. {hint}"
-    if found["type"] == "missing":
-        return f"{where}: {field}: is missing. Add it"
-    if found["type"] == "value_error":
-        value = "" if isinstance(found["input"], dict) else f"found {describe(found['input'])}; "
-        return f"{where}: {field}: {value}{found['msg'].removeprefix('Value error, ')}"
-    for theirs, ours in PHRASES.items():
-        message = re.sub(theirs, ours, message)
-    return f"{where}: {field}: found {describe(found['input'])}; {message}"
-
-
-def _where(path: Path_, lines: dict[Path_, str], source: str) -> str:
-    """The place of a setting, or of the section around it."""
-    return next((lines[path[:n]] for n in range(len(path), -1, -1) if path[:n] in lines), source)
-
-
-def _section_at(path: Path_) -> type[BaseModel]:
-    model: type[BaseModel] = Config
-    for name in path:
-        if isinstance(name, str):  # a number is a place in a list of sections
-            model = next(_sections_in(model.model_fields[name].annotation))
-    return model
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a type is or holds, in lists and unions too."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in typing.get_args(annotation):
-        yield from _sections_in(inner)
 
 
 def _check_texts(value: Any, path: Path_, lines: dict[Path_, str], source: str) -> None:
@@ -226,8 +167,8 @@ def _check_texts(value: Any, path: Path_, lines: dict[Path_, str], source: str) 
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_texts(item, (*path, key), lines, source)
     elif isinstance(value, str):
-        where = f"{_where(path, lines, source)}: {dotted(path)}"
-        if SECRET.match(value) and path[-1:] != ("revision",):
+        where = f"{place_of(path, lines, source)}: {dotted(path)}"
+        if SECRET.match(value) and not any(str(part).endswith("revision") for part in path):
             raise UserError(f"{where}: looks like a secret. Keep it in an environment variable")
         if "\0" in value:
             raise UserError(f"{where}: holds a NUL character. Remove it")
@@ -259,8 +200,19 @@ def _absolute(config: Config) -> Config:
                 }
             ),
             "student": student.model_copy(update={"model": absolute_model(student.model) if student.model else None}),
+            "tune": _absolute_space(config.tune) if config.tune else None,
         }
     )
+
+
+def _absolute_space(tune: Tune) -> Tune:
+    """With absolute paths of the students that are tried."""
+    if (models := tune.space.get("student.model")) is None or models.values is None:
+        return tune
+    values = {
+        kind: tuple(map(absolute_model, getattr(models, kind))) for kind in ("choice", "grid") if getattr(models, kind)
+    }
+    return tune.model_copy(update={"space": {**tune.space, "student.model": models.model_copy(update=values)}})
 
 
 def absolute_path(path: str) -> str:
@@ -276,24 +228,6 @@ def absolute_model(model: str) -> str:
     """A folder's absolute path; a hub id (`name` or `owner/name` with no such folder) stays as it is."""
     is_path = os.path.isdir(model) or model.startswith((".", "/", "~"))
     return absolute_path(model) if is_path else model
-
-
-def describe(value: Any) -> str:
-    """A value as an error message shows it, with its kind."""
-    kinds = {str: "text", bool: "true/false", int: "number", float: "number", list: "list", dict: "section"}
-    if value is None:
-        return "nothing"
-    text = repr(value).lower() if isinstance(value, bool) else repr(value)
-    return f"{_cut(text)} ({kinds.get(type(value), type(value).__name__)})"
-
-
-def dotted(path: Path_) -> str:
-    """The setting's name on one line, whatever stood in the file as a name."""
-    return ".".join(_cut(str(p) if str(p).isprintable() else repr(p)) for p in path) or "the file"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def to_yaml(config: Config) -> str:

@@ -12,6 +12,7 @@ from raydistill.config.section import MAX_SEED, PLAIN_NAME, Section
 from raydistill.config.student import Student
 from raydistill.config.teacher import Teacher
 from raydistill.config.train import Train
+from raydistill.config.tune import Tune
 
 
 class Evaluate(Section):
@@ -56,6 +57,7 @@ class Config(Section):
     teacher: Teacher
     student: Student = Student()
     train: Train = Train()
+    tune: Tune | None = Field(default=None, description="absent: no search")
     evaluate: Evaluate = Evaluate()
     cluster: Annotated[Cluster, Field(json_schema_extra={"speed": True})] = Cluster()
 
@@ -92,6 +94,7 @@ class Config(Section):
     def _settings_fit_task(self) -> Config:
         tuning = self.teacher.fine_tune
         metrics = {"train": self.train.metric} | ({"teacher.fine_tune": tuning.metric} if tuning else {})
+        metrics |= {"tune": self.tune.metric} if self.tune else {}
         metrics |= {f"train.stages[{n}]": stage.metric for n, stage in enumerate(self.train.stages or ())}
         if self.task == "classification":
             for section, metric in metrics.items():

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}[A-Za-z0-9_-]|[A-Za-z0-9]")  # of runs and stages
 MAX_SEED = 2**32 - 1  # the largest that numpy, torch and transformers all take
@@ -19,6 +20,16 @@ def Speed(default: Any, **bounds: Any) -> Any:
 def Added(default: Any, **bounds: Any) -> Any:
     """A Field that came after runs were made: at its default it stays out of fingerprints, so that they go on."""
     return Field(default=default, json_schema_extra={"added": True}, **bounds)
+
+
+def is_speed(section: type[BaseModel], name: str) -> bool:
+    """Whether a field is marked `Speed`."""
+    return _has_mark(section.model_fields[name], "speed")
+
+
+def _has_mark(field: FieldInfo, mark: str) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get(mark))
 
 
 class Section(BaseModel):
@@ -42,9 +53,8 @@ def identity(section: Section, *, skip: tuple[str, ...] = ()) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
-        extra, value = field.json_schema_extra, getattr(section, name)
-        marks = extra if isinstance(extra, dict) else {}
-        if name in skip or marks.get("speed") or (marks.get("added") and value == field.default):
+        value = getattr(section, name)
+        if name in skip or _has_mark(field, "speed") or (_has_mark(field, "added") and value == field.default):
             continue
         result[name] = _plain(value)
     return result
@@ -53,4 +63,6 @@ def identity(section: Section, *, skip: tuple[str, ...] = ()) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Section):
         return identity(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

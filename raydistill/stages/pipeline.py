@@ -55,6 +55,8 @@ def run_stages(
 
 def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress) -> Surveyed | None:
     """Everything that can be checked without a worker; what prepare found in the sources, when it has work to do."""
+    if config.tune is not None:
+        raise UserError("tune: this version reads a search and does not run it yet. Remove the section")
     surveyed = None
     if "prepare" in stages and standing_data(config, run) is None:
         if run.lender:
