@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from raydistill.config.tune import Tune
+from raydistill.search.importance import FEWEST, importance
 from raydistill.search.points import next_points
 from raydistill.search.rungs import decide, rungs
 from raydistill.search.space import every_point, grid, point_id
@@ -330,3 +331,35 @@ def test_a_trial_comes_back_from_its_record():
     trial = Trial(3, {"train.loss.features": [{"kind": "hidden_mse"}]}, 8, curve(0.1, 0.2), "stopped", "rung", 10, 1.5)
     assert trial_of(json.loads(json.dumps(trial.record()))) == trial
     assert [list(pair) for pair in itertools.pairwise(trial.values("accuracy"))] == [[0.1, 0.2]]
+
+
+# Importance.
+
+
+def test_the_setting_that_decides_is_the_important_one():
+    rng = random.Random(0)
+    found = []
+    for number in range(60):
+        point = {
+            "train.learning_rate": 10 ** rng.uniform(-5, -3), "train.loss.alpha": rng.uniform(0.5, 0.9),
+            "train.loss.temperature": rng.choice([2.0, 4.0]), "student.num_layers": rng.randint(1, 4),
+        }  # fmt: skip
+        value = 0.8 - 0.1 * abs(math.log10(point["train.learning_rate"]) + 4) + 0.001 * rng.random()
+        found.append(Trial(number, point, 1, curve(value), status="finished"))
+    shares = importance(tune(trials=60), found, "best")
+    assert set(shares) == set(SPACE)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["train.learning_rate"] > 0.6
+    stopped = [replace(trial, status="stopped") for trial in found]
+    assert importance(tune(trials=60), stopped, "best") == shares
+    lower = [replace(t, curve=tuple({"nll": -t.curve[0]["accuracy"]} for _ in range(1))) for t in found]
+    assert importance(tune(trials=60, metric="nll"), lower, "best") == pytest.approx(shares)
+
+
+def test_of_few_equal_or_failed_trials_nothing_is_said():
+    points = [dict(trial) for trial in itertools.islice(proposed(tune(trials=FEWEST)), FEWEST)]
+    found = [Trial(n, point, 1, curve(0.1 * n), status="finished") for n, point in enumerate(points)]
+    assert importance(tune(), found, "last") != {}
+    assert importance(tune(), found[1:], "last") == {}
+    assert importance(tune(), [replace(found[0], status="failed"), *found[1:]], "last") == {}
+    assert importance(tune(), [replace(trial, curve=curve(0.5)) for trial in found], "last") == {}

@@ -106,6 +106,16 @@ def _told(tune: Tune, trial: Trial, kinds: dict[str, Any]) -> Any:
     )
 
 
+def as_optuna_knows_them(tune: Tune, reached: Sequence[tuple[Trial, float]]) -> list[Any]:
+    """Trials, each with the value that it stands for, as complete trials of an Optuna study."""
+    from optuna.trial import create_trial
+
+    kinds = {name: _distribution(tune.space[name]) for name in sorted(tune.space)}
+    return [
+        create_trial(params=_encoded(tune, trial.point), distributions=kinds, value=value) for trial, value in reached
+    ]
+
+
 def _distribution(dimension: Dimension) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
