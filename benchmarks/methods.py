@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from methods_field import BASES, METHODS, STUDENTS
+from scipy.stats import t
 
 from raydistill.cache.shards import read_logits
 from raydistill.config.file import validate
@@ -47,19 +48,26 @@ RESAMPLES = 10_000
 
 def base_config(name: str, arguments: argparse.Namespace) -> Config:
     """The run that makes a cache: data, teacher or teachers, nothing of a student."""
-    asked = BASES[name]
     files = {"train": str(arguments.data / "train.csv"), "test": str(arguments.data / "test.csv")}
     data = {"label": "category", "max_length": 64, "validation": VALIDATION, "shard_rows": 1024, **files}
-    tuned = {"epochs": 4, "learning_rate": 2.0e-4, "choose": "last"}
-    teacher = {"model": str(arguments.teacher), "fine_tune": tuned, "codec": "dense-int8"}
     settings = {
         "name": name,
         "storage": str(arguments.out / "bases"),
-        "data": {**data, **asked.get("data", {})},
-        "teacher": {**teacher, **asked.get("teacher", {})},
+        "data": {**data, **BASES[name].get("data", {})},
+        "teacher": {"codec": "dense-int8", **teacher_settings(name, arguments)},
         "cluster": {"cpus": arguments.cpus},
     }
     return validate(settings, {}, "benchmarks/methods.py")
+
+
+def teacher_settings(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A teacher to fine-tune, or those that other bases have fine-tuned."""
+    asked = BASES[name]
+    if "of" in asked:
+        first, *others = (f"{arguments.out}/bases/{base}/teacher/model" for base in asked["of"])
+        return {"model": first, "members": [{"model": model} for model in others]} if others else {"model": first}
+    tuned = {"epochs": 4, "learning_rate": 2.0e-4, "choose": "last", **asked.get("fine_tune", {})}
+    return {"model": str(arguments.teacher), "fine_tune": tuned, **asked.get("teacher", {})}
 
 
 def training_config(student: str, method: str, seed: int, arguments: argparse.Namespace) -> Config:
@@ -67,7 +75,8 @@ def training_config(student: str, method: str, seed: int, arguments: argparse.Na
     asked, how = STUDENTS[student], METHODS[method]
     base = base_config(how.get("base", "plain"), arguments)
     settings = base.model_dump(mode="json", exclude_unset=True)
-    train = {**asked["train"], **how.get("train", {}), "seed": seed, "choose": "last", "cpus_per_worker": 1}
+    train = {"choose": "last", "cpus_per_worker": 1, "group_by_length": True, "seed": seed}
+    train |= {**asked["train"], **how.get("train", {})}
     loss = {"temperature": 4.0, "alpha": 0.9, **how.get("loss", {})}
     settings |= {
         "name": re.sub(r"[^A-Za-z0-9.-]+", "_", f"{student}--{method}--{seed}"),
@@ -75,7 +84,7 @@ def training_config(student: str, method: str, seed: int, arguments: argparse.Na
         "student": {**asked["student"], **how.get("student", {})},
         "train": {**train, "loss": loss},
     }
-    settings["teacher"] = {**settings["teacher"], "cache_from": f"{base.storage}/{base.name}"}
+    settings["teacher"] = {**settings["teacher"], **how.get("teacher", {}), "cache_from": f"{base.storage}/{base.name}"}
     return validate(settings, {}, "benchmarks/methods.py")
 
 
@@ -112,7 +121,7 @@ def train_one(student: str, method: str, seed: int, arguments: argparse.Namespac
     """Trains, scores validation and test, and says what came out."""
     config = training_config(student, method, seed, arguments)
     started = time.monotonic()
-    run_stages(config, ("train",), Progress(lambda line: print(f"  {line}", flush=True), every_seconds=30))
+    run_stages(config, ("teach", "train"), Progress(lambda line: print(f"  {line}", flush=True), every_seconds=30))
     wall = time.monotonic() - started
     run, base = open_run(config.storage, config.name), Path(str(config.teacher.cache_from))
     manifest = run.require("student")
@@ -120,7 +129,7 @@ def train_one(student: str, method: str, seed: int, arguments: argparse.Namespac
         "student": student, "method": method, "seed": seed, "step_seconds": manifest.facts["seconds"],
         "wall_seconds": round(wall, 1), "steps": manifest.facts["steps"],
     }  # fmt: skip
-    teacher = teacher_of(base, arguments)
+    teacher = teacher_of(arguments.out / "bases" / "plain", arguments)  # the one that would be served
     for split in ("validation", "test"):
         logits, labels, parameters = scored(made_here("student", run), base, split, config.data.max_length)
         right, taught = logits.argmax(1) == labels, teacher[split].argmax(1) == labels
@@ -158,7 +167,7 @@ def make_bases(names: list[str], arguments: argparse.Namespace) -> None:
         config = base_config(name, arguments)
         run_stages(config, ("prepare", "teach"), Progress(lambda line: print(f"  {line}", flush=True), 30))
         base = Path(config.storage) / name
-        if BASES[name].get("one_teacher", True):
+        if "of" not in BASES[name] and BASES[name].get("one_teacher", True):
             found, store = teacher_of(base, arguments), LocalStore(str(base))
             manifest, data = read_manifest(store, "teacher/cache"), read_manifest(store, "data")
             assert manifest is not None
@@ -181,7 +190,7 @@ def table(out: Path) -> None:
         mine = {method: rows for (name, method), rows in groups.items() if name == student}
         parameters = next(iter(mine.values()))[0]["parameters"]
         print(f"\n{student}: {parameters:,} parameters\n")
-        print("| method | seeds | validation | test | deviation | agreement | retention | seconds of steps |")
+        print("| method | seeds | validation | test | deviation | agreement | retention (95 %) | seconds of steps |")
         print("|---|---|---|---|---|---|---|---|")
         for method, rows in sorted(mine.items(), key=lambda item: -mean(item[1], "validation", "accuracy")):
             tests = [row["test"]["accuracy"] for row in rows]
@@ -189,10 +198,18 @@ def table(out: Path) -> None:
             cells = [
                 method, len(rows), f"{100 * mean(rows, 'validation', 'accuracy'):.2f} %",
                 f"{100 * statistics.mean(tests):.2f} %", spread, f"{100 * mean(rows, 'test', 'agreement'):.2f} %",
-                f"{100 * mean(rows, 'test', 'retention'):.2f} %",
+                f"{100 * mean(rows, 'test', 'retention'):.2f} %{interval([r['test']['retention'] for r in rows])}",
                 f"{statistics.median(row['step_seconds'] for row in rows):.0f}",
             ]  # fmt: skip
             print("| " + " | ".join(map(str, cells)) + " |")
+
+
+def interval(values: list[float]) -> str:
+    """Student's 95 % interval of the mean over seeds; nothing of fewer than three."""
+    if len(values) < 3:
+        return ""
+    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return f" ({100 * (statistics.mean(values) - half):.2f} to {100 * (statistics.mean(values) + half):.2f})"
 
 
 def mean(rows: list[dict[str, Any]], split: str, key: str) -> float:

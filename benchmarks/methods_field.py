@@ -6,19 +6,36 @@ from typing import Any
 
 Settings = dict[str, Any]
 
-# The runs that make the caches. All have the same validation and test rows.
+# The runs that make the caches. All have the same validation and test rows. Those `of` others take the teachers that
+# were fine-tuned there.
 BASES: dict[str, Settings] = {
     "plain": {},
+    "second": {"fine_tune": {"seed": 1, "group_by_length": True}},
+    "cross-fitted": {"fine_tune": {"group_by_length": True}, "teacher": {"cross_fit": 2}, "one_teacher": False},
+    "ensemble": {"of": ("plain", "second")},
+    "augmented": {"of": ("plain",), "data": {"augment": {"copies": 3}}},
 }
 
 FROM_TEACHER = {"epochs": 10, "learning_rate": 5.0e-4}
+TRIMMED = {"trim_vocabulary": True, "max_positions": 64}
 STUDENTS: dict[str, Settings] = {
     "new 2x128": {
         "student": {"init": "config", "hidden_size": 128, "num_layers": 2},
         "train": {"epochs": 20, "learning_rate": 1.0e-3},
     },
-    "one layer, trimmed": {"student": {"layers": [0], "trim_vocabulary": True}, "train": FROM_TEACHER},
-    "two layers, trimmed": {"student": {"layers": [0, 5], "trim_vocabulary": True}, "train": FROM_TEACHER},
+    "one layer": {"student": {"layers": [0], **TRIMMED}, "train": FROM_TEACHER},
+    "two narrow layers": {
+        "student": {"layers": [0, 5], "feed_forward": 768, "embedding_size": 128, **TRIMMED},
+        "train": FROM_TEACHER,
+    },
+    "two narrower layers": {
+        "student": {"layers": [0, 5], "feed_forward": 320, "embedding_size": 128, **TRIMMED},
+        "train": FROM_TEACHER,
+    },
+    "two narrowest layers": {
+        "student": {"layers": [0, 5], "feed_forward": 192, "embedding_size": 128, **TRIMMED},
+        "train": FROM_TEACHER,
+    },
 }
 
 METHODS: dict[str, Settings] = {
@@ -43,5 +60,9 @@ METHODS: dict[str, Settings] = {
     "MiniLMv2 relations": {
         "loss": {"features": [{"kind": f"{what}_relation"} for what in ("query", "key", "value")]},
     },
+    "cross-fitted teacher": {"base": "cross-fitted"},
+    "two teachers": {"base": "ensemble"},
+    "augmented, 3 copies": {"base": "augmented", "train": {"epochs": 3}},
+    "calibrated teacher": {"teacher": {"calibrate": True}},
     "RKD": {"loss": {"features": [{"kind": "rkd_distance", "weight": 25.0}, {"kind": "rkd_angle", "weight": 50.0}]}},
 }
