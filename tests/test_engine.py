@@ -90,9 +90,49 @@ def plain_loop() -> Trace:
     return {"losses": losses, "norms": norms, "weights": dict(model.named_parameters()), "moments": moments}
 
 
+def thaws() -> dict[str, int]:
+    """The head trains from step 0, the last layer from step 1, the first from step 2, the embeddings from step 3."""
+    steps = {"bert.encoder.layer.1.": 1, "bert.encoder.layer.0.": 2, "bert.embeddings.": 3}
+    return {
+        name: next((step for start, step in steps.items() if name.startswith(start)), 0)
+        for name, _ in build().named_parameters()
+    }
+
+
+def plain_thawing() -> Trace:
+    """The oracle of thawing: every parameter has an AdamW of its own, which is made when it begins to train."""
+    model, begins = build().train(), thaws()
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    losses, norms = [], []
+    for step, (inputs, labels) in enumerate(batches()):
+        trained = {name: p for name, p in model.named_parameters() if begins[name] <= step}
+        for name in trained.keys() - optimizers.keys():
+            decay = 0.1 if trained[name].ndim > 1 else 0.0
+            optimizers[name] = torch.optim.AdamW([trained[name]], weight_decay=decay, foreach=False)
+        loss = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
+        for parameter, gradient in zip(
+            trained.values(), torch.autograd.grad(loss, list(trained.values())), strict=True
+        ):
+            parameter.grad = gradient
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), 0.4)))
+        for name in trained:
+            optimizers[name].param_groups[0]["lr"] = learning_rate(step)
+            optimizers[name].step()
+        losses.append(loss.item())
+    moments = {
+        f"{m}.{n}": optimizers[n].state[p][m] for n, p in model.named_parameters() for m in ("exp_avg", "exp_avg_sq")
+    }
+    return {"losses": losses, "norms": norms, "weights": dict(model.named_parameters()), "moments": moments}
+
+
 @pytest.fixture(scope="module")
 def plain() -> Trace:
     return plain_loop()
+
+
+@pytest.fixture(scope="module")
+def thawing() -> Trace:
+    return plain_thawing()
 
 
 @pytest.fixture(scope="module")
@@ -228,11 +268,65 @@ def test_what_adapters_leave_frozen_is_untouched_and_in_no_checkpoint(traces: di
             torch.testing.assert_close(found[kind][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_parameter_that_thaws_is_untouched_until_then_and_trained_like_a_new_one(
+    traces: dict[str, Trace], thawing: Trace, world: int, stage: int
+):
+    found = traces[f"world{world}-stage{stage}-thawing"]
+    assert_same(found, thawing)
+    before, start = traces[f"world{world}-stage{stage}-thawing-stopped"], build().state_dict()
+    for name, step in thaws().items():
+        if not name.endswith("key.bias"):
+            assert torch.equal(before["weights"][name], start[name]) == (step >= STOP), name
+        assert before["moments"][f"exp_avg_sq.{name}"].any() == (step < STOP), name
+    # Nothing goes back through what is frozen, nor through what only feeds it: (embeddings, layer 0, layer 1).
+    assert found["outputs_need_gradients"] == [
+        (False, False, False), (False, False, True), (False, True, True), (True, True, True),
+    ]  # fmt: skip
+    assert [count < found["trained"][-1] for count in found["trained"]] == [True, True, True, False]
+    assert found["trained"][-1] == sum(parameter.numel() for parameter in build().parameters())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_training_that_stopped_before_all_had_thawed_goes_on_to_the_same(
+    traces: dict[str, Trace], world: int, stage: int
+):
+    whole, resumed = (traces[f"world{world}-stage{stage}-thawing{kind}"] for kind in ("", "-resumed"))
+    assert resumed["losses"] == whole["losses"][STOP:]
+    for kind in ("weights", "moments"):
+        assert all(torch.equal(resumed[kind][name], whole[kind][name]) for name in whole[kind])
+
+
+@pytest.mark.parametrize("kind", ["stage1-thawing-offload", "stage2-thawing-offload", "stage0-thawing-accumulation3"])
+def test_offload_and_accumulation_change_nothing_where_parameters_thaw(
+    traces: dict[str, Trace], thawing: Trace, kind: str
+):
+    assert_same(traces[f"world1-{kind}"], thawing)
+
+
 # What each rank runs.
 
 
 def adapted() -> Any:
     return adapters.add_adapters(build(), Lora(rank=2), seed=0).get_base_model()
+
+
+def watch_outputs(model: Any) -> dict[str, bool]:
+    """Whether the outputs of the embeddings and of the layers take part in the backward, by the last forward."""
+    needs: dict[str, bool] = {}
+
+    def note(name: str, output: Any) -> None:
+        needs[name] = (output[0] if isinstance(output, tuple) else output).requires_grad
+
+    for name, module in {
+        "embeddings": model.bert.embeddings,
+        **dict(model.bert.encoder.layer.named_children()),
+    }.items():
+        needs[name] = False
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: note(name, output))
+    return needs
 
 
 class Tied(torch.nn.Module):
@@ -282,21 +376,26 @@ class Rank:
         precision: str = "fp32",
         start: Trace | None = None,
         steps: int = len(BATCH_ROWS),
+        thaws: dict[str, int] | None = None,
     ) -> None:
         """Trains from the first step, or goes on from a saved state after STOP steps, and saves the trace."""
         model = build()
         if start:
             model.load_state_dict(start["weights"])
-        engine = Engine(model.train(), training, precision=precision, device=torch.device("cpu"))
+        engine = Engine(model.train(), training, precision=precision, device=torch.device("cpu"), thaws=thaws)
         if start:
             engine.restore_optimizer(start["moments"], STOP)
-        losses, norms = [], []
+        losses, norms, trained, needed = [], [], [], []
+        needs = watch_outputs(model)
         for step in range(STOP if start else 0, steps):
             if step == STOP and not start:
                 self.save(f"world{self.world}-{name}-stopped", self.state(engine))
             losses.append(self.step(engine, training.accumulation, step))
             norms.append(engine.grad_norm)
-        self.save(f"world{self.world}-{name}", {"losses": losses, "norms": norms, **self.state(engine)})
+            trained.append(engine.trained_parameters)
+            needed.append(tuple(needs.values()))
+        told = {"losses": losses, "norms": norms, "trained": trained, "outputs_need_gradients": needed}
+        self.save(f"world{self.world}-{name}", {**told, **self.state(engine)})
         engine.close()
 
     def state(self, engine: Engine) -> Trace:
@@ -306,6 +405,7 @@ class Rank:
     def step(self, engine: Any, accumulation: int, step: int) -> float:
         """One optimiser step over this rank's micro-batches; the global batch's mean loss."""
         inputs, labels = batches()[step]
+        engine.begin_step(step)
         total = torch.zeros(())
         for micro in range(accumulation):
             parts = torch.arange(len(labels)).tensor_split(self.world * accumulation)
@@ -329,6 +429,9 @@ class Rank:
             stopped = self.wait_for(f"world{self.world}-stage{stage}-accumulation1-stopped")
             self.case(f"stage{stage}-resumed", settings(stage), start=stopped)
             self.adapters(stage)
+            self.case(f"stage{stage}-thawing", settings(stage), thaws=thaws())
+            stopped = self.wait_for(f"world{self.world}-stage{stage}-thawing-stopped")
+            self.case(f"stage{stage}-thawing-resumed", settings(stage), start=stopped, thaws=thaws())
 
     def one_rank(self) -> None:
         for stage in STAGES:
@@ -337,6 +440,9 @@ class Rank:
             self.tied(stage)
             if stage:
                 self.case(f"stage{stage}-offload", settings(stage, offload=True))
+        for stage in (1, 2):
+            self.case(f"stage{stage}-thawing-offload", settings(stage, offload=True), thaws=thaws())
+        self.case("stage0-thawing-accumulation3", settings(0, accumulation=3), thaws=thaws())
         self.evaluation()
         stopped = self.wait_for("world2-stage1-accumulation1-stopped")
         self.case("stage0-from-world2-stage1", settings(0), start=stopped)

@@ -75,7 +75,7 @@ class Outlet:
 
 def layer_stack(model: Any, count: int) -> str:
     """The path of a model's one stack of layers. Raises UserError when there is none or there are several."""
-    found = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
+    found = layer_stacks(model, count)
     if len(found) != 1:
         raise UserError(
             f"student.init: teacher_layers: {type(model).__name__} has {len(found)} stacks of {count} layers,"
@@ -83,6 +83,11 @@ def layer_stack(model: Any, count: int) -> str:
             " Use init: config or init: pretrained"
         )
     return found[0]
+
+
+def layer_stacks(model: Any, count: int) -> list[str]:
+    """The paths of a model's stacks of so many layers; of most architectures there is one."""
+    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count]
 
 
 def layers_of(model: Any) -> Any:
