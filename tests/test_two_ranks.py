@@ -22,6 +22,12 @@ CASES: dict[str, dict[str, Any]] = {
     "features of a pretrained student": {"train.loss.features": FEATURES, **PRETRAINED},
     "a pretrained student": PRETRAINED,
     "adapters": {"student.lora": {"rank": 4}, "train.loss.features": FEATURES[:1]},
+    "thawing under ZeRO-2": {
+        "train.loss.features": FEATURES[:1],
+        "student.hidden_size": 8,
+        "train.unfreeze": 0.5,
+        "train.deepspeed": {"zero_stage": 2},
+    },
     "features under ZeRO-3": {"train.loss.features": FEATURES, "train.deepspeed": {"zero_stage": 3}},
 }
 

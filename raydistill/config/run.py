@@ -117,6 +117,14 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapters_leave_nothing_to_unfreeze(self) -> Config:
+        if self.student.lora and self.train.unfreezes:
+            raise ValueError(
+                "train.unfreeze: found with student.lora, whose encoder stays frozen; remove the one or the other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rows_without_labels_have_a_teacher(self) -> Config:
         data, learns = self.data, any(loss.has_teacher for loss in self.train.losses)
         asked = {

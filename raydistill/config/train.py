@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from raydistill.config.loss import Loss
 from raydistill.config.section import MAX_SEED, PLAIN_NAME, Added, Section
@@ -17,6 +17,20 @@ def _as_in_train(name: str) -> Any:
         type(b).__name__.lower(): getattr(b, type(b).__name__.lower()) for b in Training.model_fields[name].metadata
     }
     return Field(default=None, description=f"absent: train.{name}", **bounds)
+
+
+def _are_shares(value: Any) -> Any:
+    shares = value if isinstance(value, list | tuple) and value else [value]
+    if value is not None and (
+        any(isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1 for share in shares)
+        or sorted(shares) != [*shares]
+    ):
+        raise ValueError("it should be a share of the training, from 0 to below 1, or a list of rising ones")
+    return value
+
+
+# Of a union pydantic would name every member.
+Unfreeze = Annotated[float | tuple[float, ...] | None, BeforeValidator(_are_shares)]
 
 
 class Stage(Section):
@@ -44,6 +58,7 @@ class Stage(Section):
     validate_every: int | None = _as_in_train("validate_every")
     patience: int | None = _as_in_train("patience")
     group_by_length: bool | None = _as_in_train("group_by_length")
+    unfreeze: Unfreeze = Field(default=None, description="absent: train.unfreeze; 0: all trains from the start")
     loss: Loss | None = Field(default=None, description="absent: train.loss")
 
     @field_validator("name")
@@ -58,6 +73,11 @@ class Train(Training):
     """The student's training; its control takes the same settings with alpha 0."""
 
     loss: Loss = Loss()
+    unfreeze: Unfreeze = Added(
+        None,
+        description="the head trains first, then layer by layer from the last one down, then the embeddings; by which"
+        " share of the training all of them do, or a list of each one's share (ULMFiT, arXiv:1801.06146)",
+    )
     stages: tuple[Stage, ...] | None = Added(
         None, description="trainings one after the other; the student is what the last one makes"
     )
@@ -99,6 +119,12 @@ class Train(Training):
     def losses(self) -> tuple[Loss, ...]:
         """The loss of every stage; of a training without stages the one that it has."""
         return (self.loss,) if self.stages is None else tuple(stage.loss or self.loss for stage in self.stages)
+
+    @property
+    def unfreezes(self) -> bool:
+        """Whether any stage begins with a part of the student frozen."""
+        stages = (self,) if self.stages is None else map(self.of_stage, range(len(self.stages)))
+        return any(stage.unfreeze for stage in stages)
 
     @property
     def caches_features(self) -> bool:

@@ -25,6 +25,7 @@ from raydistill.data.folds import FoldRows
 from raydistill.data.loader import Batch, Split
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.tokens import ids_in, load_tokenizer
+from raydistill.depths import parameter_depths
 from raydistill.engine import Engine
 from raydistill.errors import UserError
 from raydistill.losses.courses import Course
@@ -46,10 +47,11 @@ from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import WatchedCurves
 from raydistill.stages.meter import Meter
 from raydistill.stages.start import made_before, made_once, start_folders, train_rows
+from raydistill.stages.unfreezing import thaw_steps
 from raydistill.stages.validation import validation_metrics
 from raydistill.stages.watch import Watch, watched_part
 from raydistill.students.build import build_student
-from raydistill.taught import FeatureTeacher, TaughtStudent, student_weights
+from raydistill.taught import STUDENT_PREFIX, FeatureTeacher, TaughtStudent, student_weights
 
 LOWER_IS_BETTER = ("nll", "kl")
 # torch's fused attention is slower than the plain one in training on a CPU: by a tenth with dropout, by half without.
@@ -85,6 +87,7 @@ class TrainingJob:
     beside: ModelSource | None = None  # the teacher of features, where it is another than `source`
     courses: Mapping[str, Course] = field(default_factory=dict[str, Course])  # of the objective's numbers that change
     begins_with: ModelSource | None = None  # the model whose weights it goes on from, in the place of first ones
+    unfreeze: float | tuple[float, ...] | None = None  # when the student's depths begin to train
     own_cache: str | None = None  # the folder, in the run, of other targets than the teacher's
     stages_before: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # what they came to
 
@@ -132,6 +135,7 @@ class _Worker:
         self.lora = job.config.student.lora if job.role != "teacher" else None
         if self.lora:
             self.model = with_adapters(self.model, self.lora, job.settings.seed, self.device)
+        depths = parameter_depths(self.model, f"{job.section}.unfreeze") if job.unfreeze else {}
         self.teacher = None
         if job.objective.features:
             self.model, self.teacher = with_features(job, self.model, self.tokenizer, self.device)
@@ -144,13 +148,16 @@ class _Worker:
         if checkpoint:
             load_trained(self.model, checkpoint.weights(), self.frozen)
         self.model.train()
-        self.engine = Engine(self.model, job.settings, precision=job.precision, device=self.device, frozen=self.frozen)
-        if checkpoint:
-            self.engine.restore_optimizer(checkpoint.optimizer_state(), self.state.step)
-            self.post({"going_on_from": self.state.step})
         self.per_pass = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
         self.per_epoch = steps_per_epoch(job.epoch_rows, job.settings.batch_size)
         self.total = self.per_epoch * job.settings.epochs
+        self.engine = Engine(
+            self.model, job.settings, precision=job.precision, device=self.device, frozen=self.frozen,
+            thaws=self._thaws(depths),
+        )  # fmt: skip
+        if checkpoint:
+            self.engine.restore_optimizer(checkpoint.optimizer_state(), self.state.step)
+            self.post({"going_on_from": self.state.step})
         self.watched = watched_part(job.objective)
         self.curves = None
         if self.rank == 0:
@@ -159,6 +166,12 @@ class _Worker:
             self.curves = WatchedCurves(self.store, job.folder, self.state.step, watch, post)
         self.meter = Meter(job.objective.part_names, self.device)
         self.looks_at_gradients = False
+
+    def _thaws(self, depths: dict[str, int]) -> dict[str, int]:
+        """The step from which each of the student's parameters trains, by its name here."""
+        prefix = STUDENT_PREFIX if isinstance(self.model, TaughtStudent) else ""
+        steps = thaw_steps(self.job.unfreeze, depths, self.total) if depths else {}
+        return {prefix + name: step for name, step in steps.items()}
 
     def _split(self, splits: tuple[str, ...]) -> Split:
         store = open_store(self.job.data_url)
@@ -212,6 +225,7 @@ class _Worker:
 
     def _step(self, global_rows: int, batches: list[Batch]) -> None:
         started = time.perf_counter()
+        self.engine.begin_step(self.state.step)
         torch.manual_seed(_dropout_seed(self.settings.seed, self.state.step, self.rank))
         objective = self.job.objective
         if self.job.courses:
@@ -268,6 +282,7 @@ class _Worker:
         values |= {
             "learning_rate": rate,
             **self._numbers(self.state.step - 1),
+            **({"trained_parameters": self.engine.trained_parameters} if self.job.unfreeze else {}),
             "grad_norm": self.engine.grad_norm,
             "rows_per_second": float(sums[:, Meter.ROWS].sum()) / max(seconds, 1e-9),
         }

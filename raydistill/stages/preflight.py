@@ -35,6 +35,7 @@ from raydistill.stages.teachers import (
 )
 from raydistill.stages.training_job import settings_of, training_plan
 from raydistill.stages.training_stages import TrainingStage, training_stages
+from raydistill.stages.unfreezing import check_unfreezing
 from raydistill.students.sizes import check_architecture
 from raydistill.students.skeleton import student_skeleton
 from raydistill.students.vocabulary import check_trimmable
@@ -69,6 +70,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     _check_features(config, folder)
     if config.student.lora:
         check_adapters(config, folder, labels)
+    check_unfreezing(config, folder, labels)
     check_lent_features(config, run, folder)
 
 

@@ -149,6 +149,7 @@ def training_job(
         source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
         beside=feature_source(config, run) if objective.features and config.teacher.features_of else None,
+        unfreeze=settings.unfreeze if isinstance(settings, Train) else None,
         folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
     )  # fmt: skip
 
