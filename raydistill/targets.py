@@ -1,11 +1,13 @@
 """What a batch carries from the teacher to a loss: its logits, and its features where a loss asks for them.
 
-Shapes: N rows, K classes, L tokens, W width, A attention heads.
+Shapes: N rows, K classes, L tokens, W width, A attention heads; of a language model N positions, K kept tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -39,3 +41,68 @@ class TeacherTargets:
     def to(self, device: torch.device) -> TeacherTargets:
         moved = tuple(tuple(f.to(device, non_blocking=True) for f in term) for term in self.features)
         return TeacherTargets(self.logits_NK.to(device, non_blocking=True), moved)
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """The teacher's next-token distribution at temperature 1, at N positions, as K kept tokens of a vocabulary each.
+
+    weights_NK: float32, what each kept token counts for: its probability divided by that of its being kept. A slot
+    that is not used has weight 0 and any id. An id may stand twice; its weights add up.
+    exact_NK: which tokens were kept for certain, so that the weight is the probability itself.
+    probs_NK: the probability of each kept token, where it is known for those that were drawn too.
+    log_tail_N: the logarithm of the mass of all tokens that were not kept, for targets that were cut and not drawn;
+    kept weights and tail then sum to 1. Where it is None the weights alone do.
+    entropy_N: of the whole distribution, in nats, where it is known; without it a KL lacks this constant.
+    """
+
+    ids_NK: torch.Tensor
+    weights_NK: torch.Tensor
+    exact_NK: torch.Tensor
+    probs_NK: torch.Tensor | None = None
+    log_tail_N: torch.Tensor | None = None
+    entropy_N: torch.Tensor | None = None
+
+    def select(self, positions: torch.Tensor) -> SparseTargets:
+        """These positions, by index or by mask, on their device."""
+        return replace(self, **{name: part[positions] for name, part in self._parts()})
+
+    def to(self, device: torch.device) -> SparseTargets:
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in self._parts()})
+
+    @classmethod
+    def joined(cls, chunks: Sequence[SparseTargets]) -> SparseTargets:
+        """One after the other; all of them have the same fields and K, and there is one at least."""
+        columns = [dict(chunk._parts()) for chunk in chunks]
+        return replace(chunks[0], **{name: torch.cat([column[name] for column in columns]) for name in columns[0]})
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        """What is there, by name."""
+        parts = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, part) for name, part in parts if part is not None]
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """A language model's last layer: logits are softcap * tanh(scale * (weight hidden + bias) / softcap).
+
+    weight_VD and bias_V in the model's own dtype. Most models have neither bias nor softcap and scale 1; Gemma 2 caps
+    its logits, Granite and Cohere scale them.
+    """
+
+    weight_VD: torch.Tensor
+    bias_V: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """(N, V) float32. The product is taken in the weight's dtype, but float16's in float32, which it may leave."""
+        wide = torch.float32 if self.weight_VD.dtype == torch.float16 else self.weight_VD.dtype
+        logits_NV = (hidden_ND.to(wide) @ self.weight_VD.to(wide).T).float()
+        if self.bias_V is not None:
+            logits_NV += self.bias_V.float()
+        if self.scale != 1:
+            logits_NV *= self.scale
+        if self.softcap is not None:
+            logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_NV
