@@ -167,6 +167,29 @@ def load_classifier(setting: str, folder: Path, *, dtype: torch.dtype = torch.fl
     return model.eval()
 
 
+def load_masked_model(setting: str, folder: Path) -> Any:
+    """The masked language model in a folder, in float32 and eval mode. Raises UserError for one without its head."""
+    from transformers import AutoModelForMaskedLM
+
+    quiet_transformers()
+    try:
+        model, told = AutoModelForMaskedLM.from_pretrained(
+            str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # transformers raises many kinds for a broken folder, and for other kinds of models
+        raise UserError(
+            f"{setting}: {folder}: does not load as a masked language model ({first_line(error)})"
+        ) from None
+    if told["missing_keys"] or told["mismatched_keys"]:
+        name = sorted(map(str, told["missing_keys"] or told["mismatched_keys"]))[0]
+        raise UserError(
+            f"{setting}: {folder}: has no head for masked words (no {name}). Give the model as it was before it became"
+            " a classifier"
+        )
+    return model.eval()
+
+
 def empty_classifier(setting: str, folder: Path) -> Any:
     """A classifier with the configuration in a folder and none of its weights. Raises UserError when it makes none."""
     from transformers import AutoConfig, AutoModelForSequenceClassification

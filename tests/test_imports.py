@@ -18,7 +18,7 @@ LAYERS = (
     ("losses", "targets"),
     ("cache",),
     ("data",),
-    ("models", "students", "adapters", "depths", "feature_tap", "taught"),
+    ("models", "students", "adapters", "depths", "feature_tap", "masked_words", "taught"),
     ("engine",),
     ("report",),
     ("stages",),

@@ -6,18 +6,37 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from raydistill.config.section import MAX_SEED, Section
+from raydistill.config.section import MAX_SEED, Added, Section
 
 
 class Augment(Section):
-    """More texts made from train's by rules (Tang et al. 2019, arXiv:1903.12136), for the student alone."""
+    """More texts made from train's by rules (Tang et al. 2019, arXiv:1903.12136), for the student alone.
+
+    With a model words are replaced by those that it would put there (TinyBERT, arXiv:1909.10351).
+    """
 
     copies: int = Field(default=1, ge=1, le=1000, description="texts made from each row of train")
     mask: float = Field(default=0.1, ge=0, le=1, description="share of words that become the teacher's mask token")
-    replace: float = Field(default=0.1, ge=0, le=1, description="share of words replaced by one of the same label's")
+    replace: float = Field(
+        default=0.1, ge=0, le=1, description="share of words replaced by one of the same label's texts, or the model's"
+    )
     ngram: float = Field(default=0.25, ge=0, le=1, description="share of texts cut to 1 to 5 words in a row")
     keep_labels: bool = Field(default=False, description="the student also learns these texts' original labels")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the rules")
+    model: str | None = Added(
+        None, min_length=1, description="a masked language model, a folder or a hub id; absent: words are of train"
+    )
+    revision: str | None = Added(None, description="of a hub id")
+    candidates: int = Added(15, ge=1, le=1000, description="model: how many words for a place one is drawn from")
+
+    @model_validator(mode="after")
+    def _model_replaces_words(self) -> Augment:
+        for name in ("revision", "candidates"):
+            if self.model is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing without model; remove it")
+        if self.model is not None and not self.replace:
+            raise ValueError("model means nothing with replace: 0; raise it, or remove the model")
+        return self
 
     @model_validator(mode="after")
     def _rules_do_something(self) -> Augment:

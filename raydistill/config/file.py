@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from raydistill.config.data import Augment
 from raydistill.config.messages import Path_, cut, describe, dotted, first_error, place_of
 from raydistill.config.points import check_space
 from raydistill.config.run import Config
@@ -188,6 +189,7 @@ def _absolute(config: Config) -> Config:
                     if isinstance(data.validation, str)
                     else data.validation,
                     "unlabelled": tuple(map(absolute_path, data.unlabelled)),
+                    "augment": _absolute_augment(data.augment) if data.augment else None,
                 }
             ),
             "teacher": teacher.model_copy(
@@ -213,6 +215,10 @@ def _absolute_space(tune: Tune) -> Tune:
         kind: tuple(map(absolute_model, getattr(models, kind))) for kind in ("choice", "grid") if getattr(models, kind)
     }
     return tune.model_copy(update={"space": {**tune.space, "student.model": models.model_copy(update=values)}})
+
+
+def _absolute_augment(augment: Augment) -> Augment:
+    return augment.model_copy(update={"model": absolute_model(augment.model) if augment.model else None})
 
 
 def absolute_path(path: str) -> str:

@@ -60,6 +60,14 @@ class ShardWriter:
         self._rows: list[tuple[str, int | bytes, int, int]] = []
         self.entries: list[Entry] = []
 
+    def keep_standing(self) -> int:
+        """Takes the shards that stand committed, up to the first that does not, before any row is added; their rows."""
+        assert not self._rows
+        while entry := committed_shard(self._store, self._next_name(), self._fingerprint):
+            self.entries.append(entry)
+            self._next_row_id += entry.rows
+        return sum(entry.rows for entry in self.entries)
+
     def add(self, row: Row, label: int | bytes) -> None:
         self._rows.append((row.text, label, row.file, row.number))
         if len(self._rows) == self._shard_rows:
@@ -72,11 +80,14 @@ class ShardWriter:
         return self.entries
 
     def _commit(self) -> None:
-        name = f"data/{shard_name(self._split, len(self.entries))}"
+        name = self._next_name()
         entry = committed_shard(self._store, name, self._fingerprint)
         self.entries.append(entry or self._write(name))
         self._next_row_id += len(self._rows)
         self._rows = []
+
+    def _next_name(self) -> str:
+        return f"data/{shard_name(self._split, len(self.entries))}"
 
     def _write(self, name: str) -> Entry:
         row_ids = np.arange(self._next_row_id, self._next_row_id + len(self._rows))

@@ -16,12 +16,12 @@ from raydistill.models import check_length, check_task, find_model, label_order,
 from raydistill.record.commit import Manifest
 from raydistill.record.run import Run
 from raydistill.stages.adapted import check_adapters, check_quantising_device
+from raydistill.stages.augmenting import mask_token
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
 from raydistill.stages.feature_cache import check_lent_features, features_plan
 from raydistill.stages.feature_cost import FeatureCost
 from raydistill.stages.features import feature_terms
-from raydistill.stages.prepare import mask_token
 from raydistill.stages.progress import size
 from raydistill.stages.teach import cache_plan, teacher_dtype
 from raydistill.stages.teachers import (

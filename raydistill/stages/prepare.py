@@ -6,28 +6,23 @@ Both stream; memory does not grow with the files.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 from zlib import crc32
 
 from raydistill.config.run import Config
-from raydistill.config.section import identity
-from raydistill.data.augment import Rules, augmented_rows
 from raydistill.data.duplicates import TextIndex
 from raydistill.data.labels import Label, LabelNumbers
-from raydistill.data.shards import SPLITS, ShardWriter, read_split
+from raydistill.data.shards import SPLITS, ShardWriter
 from raydistill.data.sources import Columns, Dropped, Row, Source, find_sources, read_rows
 from raydistill.data.splits import Survey, ValidationDraw, survey
-from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import find_model
 from raydistill.record.commit import Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
+from raydistill.stages.augmenting import augment_settings, augmented, mask_token, masked_words
 from raydistill.stages.progress import Progress
 
 
@@ -132,6 +127,7 @@ def survey_sources(config: Config, progress: Progress) -> Surveyed:
                 " Raise it, or give a validation file"
             )
     mask_token(config)
+    masked_words(config)
     return Surveyed(sources, found, labels, drawn, config.data.augment.copies if config.data.augment else 0)
 
 
@@ -178,24 +174,8 @@ def _settings(config: Config) -> dict[str, Any]:
         "data.validation": share,
         **({"data.keep_unlabelled": True} if config.data.keep_unlabelled else {}),
         **({"data.label_separator": config.data.label_separator} if config.task == "multi_label" else {}),
-        **_augment_settings(config),
+        **augment_settings(config),
     }
-
-
-def _augment_settings(config: Config) -> dict[str, Any]:
-    asked = config.data.augment
-    return {"data.augment": {**identity(asked), "mask_token": mask_token(config)}} if asked else {}
-
-
-def mask_token(config: Config) -> str | None:
-    """The teacher's mask token, where augmenting masks words. Raises UserError when its tokenizer has none."""
-    if not config.data.augment or not config.data.augment.mask:
-        return None
-    folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
-    token = load_tokenizer(folder, "teacher.model").mask_token
-    if token is None:
-        raise UserError(f"data.augment.mask: the tokenizer in {folder} has no mask token. Set data.augment.mask=0")
-    return str(token)
 
 
 def _write(
@@ -223,22 +203,15 @@ def _write(
         repeated = index.report()
     train = writers["train"].close()
     if "augmented" in writers:
-        for row, number in _augmented(config, run, train):
+        standing = writers["augmented"].keep_standing()
+        done += standing
+        for row, number in augmented(config, run, train, first=standing):
             writers["augmented"].add(row, number)
             done += 1
-            if done % 4096 == 0:
-                progress.check()
-                progress.counts("prepare", done, total, "rows", started)
+            progress.check()
+            progress.counts("prepare", done, total, "rows", started)
     others = [entry for split, writer in writers.items() if split != "train" for entry in writer.close()]
     return train + others, repeated
-
-
-def _augmented(config: Config, run: Run, train: list[Entry]) -> Iterator[tuple[Row, int | bytes]]:
-    asked = config.data.augment
-    assert asked is not None
-    rules = Rules(asked.mask, asked.replace, asked.ngram, mask_token(config), asked.seed)
-    read = functools.partial(read_split, run.store, train)
-    return augmented_rows(read, rules, copies=asked.copies, keep_labels=asked.keep_labels)
 
 
 class _Places:
