@@ -51,7 +51,9 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints of one training, which its fingerprint names."""
 
-    def __init__(self, store: Store, folder: str, fingerprint: str) -> None:
+    def __init__(self, store: Store, folder: str, fingerprint: str, state: type[State] = State) -> None:
+        """`state` is what stands beside weights and moments: a training's, or one that holds more."""
+        self._state = state
         self._store, self._folder, self._fingerprint = store, f"{folder}/checkpoints", fingerprint
 
     def _name(self, step: int) -> str:
@@ -88,7 +90,7 @@ class Checkpoints:
         if problem := self._problem(step):
             raise UserError(f"{self._store.where(self._name(step))}: {problem}. Train again with --redo")
         folder = self._store.local(self._name(step))
-        return Checkpoint(folder, State(**json.loads((folder / "state.json").read_text())))
+        return Checkpoint(folder, self._state(**json.loads((folder / "state.json").read_text())))
 
     def save(self, state: State, weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
         """Commits a checkpoint, then the pointer to it, then clears away the oldest."""

@@ -45,7 +45,7 @@ from raydistill.record.store import naming, open_store
 from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import WatchedCurves
-from raydistill.stages.meter import Meter
+from raydistill.stages.meter import Meter, broken_step
 from raydistill.stages.start import made_before, made_once, start_folders, train_rows
 from raydistill.stages.unfreezing import thaw_steps
 from raydistill.stages.validation import validation_metrics
@@ -124,7 +124,7 @@ class _Worker:
     def __init__(self, job: TrainingJob, post: Callable[[dict[str, Any]], None], stopped: Callable[[], bool]) -> None:
         self.job, self.settings = job, job.settings
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device = _device()
+        self.device = training_device()
         self.store = open_store(job.run_url)
         self.post, self.stopped = post, stopped
         self.checkpoints = Checkpoints(self.store, job.folder, job.fingerprint)
@@ -142,7 +142,9 @@ class _Worker:
         if job.settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.frozen = frozen_parameters(self.model) if self.lora else frozenset()
-        self.train_split, self.validation_split = (self._split(s) for s in (job.splits, ("validation",)))
+        self.train_split, self.validation_split = (
+            open_split(job, splits, self.tokenizer) for splits in (job.splits, ("validation",))
+        )
         checkpoint = self._agree_on_checkpoint()
         self.state = checkpoint.state if checkpoint else State()
         if checkpoint:
@@ -172,21 +174,6 @@ class _Worker:
         prefix = STUDENT_PREFIX if isinstance(self.model, TaughtStudent) else ""
         steps = thaw_steps(self.job.unfreeze, depths, self.total) if depths else {}
         return {prefix + name: step for name, step in steps.items()}
-
-    def _split(self, splits: tuple[str, ...]) -> Split:
-        store = open_store(self.job.data_url)
-        data = read_manifest(store, "data")
-        targets, folder = (store, "teacher/cache") if self.job.own_cache is None else (self.store, self.job.own_cache)
-        cache = read_manifest(targets, folder) if self.job.uses_cache else None
-        assert data is not None
-        assert cache is not None or not self.job.uses_cache
-        from_cache = splits == self.job.splits and self.job.config.train.loss.features_from == "cache"
-        return Split(
-            store, splits, data, cache, tokenizer=self.tokenizer, max_length=self.job.config.data.max_length,
-            teacher_temperature=self.job.teacher_temperature, rows=self.job.rows if "train" in splits else None,
-            cache_store=targets, cache_folder=folder,
-            features=cached_features(store, self.job.objective.features) if from_cache else None,
-        )  # fmt: skip
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         choice = [self.checkpoints.newest() if self.rank == 0 else None]
@@ -226,7 +213,7 @@ class _Worker:
     def _step(self, global_rows: int, batches: list[Batch]) -> None:
         started = time.perf_counter()
         self.engine.begin_step(self.state.step)
-        torch.manual_seed(_dropout_seed(self.settings.seed, self.state.step, self.rank))
+        torch.manual_seed(dropout_seed(self.settings.seed, self.state.step, self.rank))
         objective = self.job.objective
         if self.job.courses:
             objective = replace(objective, **self._numbers(self.state.step))
@@ -273,32 +260,21 @@ class _Worker:
         dist.all_reduce(sums)
         dist.all_reduce(squares)
         self._check_finite(sums)
-        values = self.meter.means(sums) | self.meter.gradient_norms(squares)
-        notes: dict[str, Any] = {}
-        if self.watched:
-            peak, place = self.meter.peak(sums, self.watched)
-            values[f"{self.watched}_max"] = peak
-            notes[f"{self.watched}_max_step"] = self.state.step - len(sums) + place + 1
+        values, notes = self.meter.point(sums, squares, self.state.step, self.watched)
         values |= {
             "learning_rate": rate,
             **self._numbers(self.state.step - 1),
             **({"trained_parameters": self.engine.trained_parameters} if self.job.unfreeze else {}),
             "grad_norm": self.engine.grad_norm,
-            "rows_per_second": float(sums[:, Meter.ROWS].sum()) / max(seconds, 1e-9),
+            "rows_per_second": self.meter.speed(sums, seconds),
         }
         if self.curves:
             self.curves.add(self.state.step, self.state.step / self.per_epoch, values, notes=notes)
         self.post({"step": self.state.step, **values})
 
     def _check_finite(self, sums: torch.Tensor) -> None:
-        broken = (~torch.isfinite(sums).all(dim=1)).nonzero().flatten()
-        if len(broken):
-            step = self.state.step - len(sums) + int(broken[0]) + 1
-            raise UserError(
-                f"{self.job.title} training: the loss at step {step} is not finite."
-                f" Lower {self.job.section}.learning_rate,"
-                f" or set {self.job.section.partition('.stages')[0]}.precision=fp32"
-            )
+        if (step := broken_step(sums, self.state.step)) is not None:
+            raise UserError(not_finite(self.job, step))
 
     def _validate(self) -> None:
         if self.meter.steps:
@@ -389,6 +365,31 @@ class _Worker:
             self.model.close()
 
 
+def not_finite(job: TrainingJob, step: int) -> str:
+    """What is said of a training whose loss at a step is not finite."""
+    return (
+        f"{job.title} training: the loss at step {step} is not finite. Lower {job.section}.learning_rate,"
+        f" or set {job.section.partition('.stages')[0]}.precision=fp32"
+    )
+
+
+def open_split(job: TrainingJob, splits: tuple[str, ...], tokenizer: Any) -> Split:
+    """The rows of some splits as this training has them."""
+    store = open_store(job.data_url)
+    data = read_manifest(store, "data")
+    targets, folder = (store, "teacher/cache") if job.own_cache is None else (open_store(job.run_url), job.own_cache)
+    cache = read_manifest(targets, folder) if job.uses_cache else None
+    assert data is not None
+    assert cache is not None or not job.uses_cache
+    from_cache = splits == job.splits and job.config.train.loss.features_from == "cache"
+    return Split(
+        store, splits, data, cache, tokenizer=tokenizer, max_length=job.config.data.max_length,
+        teacher_temperature=job.teacher_temperature, rows=job.rows if "train" in splits else None,
+        cache_store=targets, cache_folder=folder,
+        features=cached_features(store, job.objective.features) if from_cache else None,
+    )  # fmt: skip
+
+
 def with_features(
     job: TrainingJob, student: Any, tokenizer: Any, device: torch.device
 ) -> tuple[TaughtStudent, FeatureTeacher | None]:
@@ -434,11 +435,13 @@ def build_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
     return made_once(store, start_folders(job.folder), job.start, make, max_length=length)
 
 
-def _dropout_seed(seed: int, step: int, rank: int) -> int:
+def dropout_seed(seed: int, step: int, rank: int) -> int:
+    """What torch is seeded with before a step, counted from 0, on a rank."""
     return (seed * 1_000_003 + step) * 4099 + rank
 
 
-def _device() -> torch.device:
+def training_device() -> torch.device:
+    """Where this process trains."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -7,6 +7,12 @@ import math
 import torch
 
 
+def broken_step(sums: torch.Tensor, step: int) -> int | None:
+    """The first step whose sums are not finite, of those up to this one."""
+    broken = (~torch.isfinite(sums).all(dim=1)).nonzero().flatten()
+    return step - len(sums) + int(broken[0]) + 1 if len(broken) else None
+
+
 class Meter:
     """Sums of the last steps (loss, its parts, rows), kept on the device so that no step waits for them."""
 
@@ -48,6 +54,20 @@ class Meter:
         """The sums of `add_gradients` since the last call, and their rows."""
         squares, self._squares = self._squares, torch.zeros_like(self._squares)
         return squares
+
+    def point(
+        self, sums: torch.Tensor, squares: torch.Tensor, step: int, watched: str | None
+    ) -> tuple[dict[str, float], dict[str, int]]:
+        """A point of the curves, and what stands beside it, from what was taken up to this step."""
+        values, notes = self.means(sums) | self.gradient_norms(squares), {}
+        if watched:
+            values[f"{watched}_max"], place = self.peak(sums, watched)
+            notes[f"{watched}_max_step"] = step - len(sums) + place + 1
+        return values, notes
+
+    def speed(self, sums: torch.Tensor, seconds: float) -> float:
+        """Rows per second."""
+        return float(sums[:, self.ROWS].sum()) / max(seconds, 1e-9)
 
     def gradient_norms(self, squares: torch.Tensor) -> dict[str, float]:
         """A typical row's gradient norm (root of the mean square) by part; empty where no step was looked at."""

@@ -40,8 +40,13 @@ def validation_metrics(engine: Engine, split: Split, *, classes: int) -> dict[st
             found = _sums(engine, pending[min(rank, len(pending) - 1)], classes)
             sums += found if rank < len(pending) else 0
     dist.all_reduce(sums)
+    return metrics_of(sums, split, sets=sets)
+
+
+def metrics_of(sums: torch.Tensor, split: Split, *, sets: bool) -> dict[str, float]:
+    """The metrics of a split from the sums of `batch_sums` over all its batches."""
     nll, kl, agreed, right = (sums[:SCALARS] / split.rows).tolist()
-    true, predicted, hits = sums[SCALARS:].reshape(3, classes)
+    true, predicted, hits = sums[SCALARS:].reshape(3, -1)
     present = (true + predicted) > 0
     values = {
         "accuracy": right,
@@ -53,13 +58,18 @@ def validation_metrics(engine: Engine, split: Split, *, classes: int) -> dict[st
 
 
 def _sums(engine: Engine, batch: Batch, classes: int) -> torch.Tensor:
+    return batch_sums(engine.logits(batch.inputs), batch, classes)
+
+
+def batch_sums(logits_NK: torch.Tensor, batch: Batch, classes: int) -> torch.Tensor:
     """NLL, KL at temperature 1, agreements, right rows, then rows by true class, by predicted class, hits by class."""
-    logits_NK, labels = engine.logits(batch.inputs), batch.labels_N.to(engine.device)
+    device = logits_NK.device
+    labels = batch.labels_N.to(device)
     sets = labels.ndim > 1
     predicted = logits_NK > 0 if sets else logits_NK.argmax(dim=-1)
-    kl = agreed = torch.zeros((), device=engine.device)
+    kl = agreed = torch.zeros((), device=device)
     if batch.teacher is not None:
-        teacher_NK = batch.teacher.to(engine.device).logits_NK
+        teacher_NK = batch.teacher.to(device).logits_NK
         kl = (binary_kl_sum if sets else forward_kl_sum)(teacher_NK, logits_NK, temperature=1.0)
         agreed = _same_rows(predicted, teacher_NK > 0 if sets else teacher_NK.argmax(dim=-1))
     nll = (binary_cross_entropy_sum if sets else cross_entropy_sum)(logits_NK, labels)
