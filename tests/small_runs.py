@@ -84,6 +84,21 @@ class SmallRuns:
         folder = self.start("train")
         return folder, self.run(folder, "train", changes=changes, **request)
 
+    def fused(
+        self, members: dict[str, dict[str, Any]], folder: Path | None = None, **request: Any
+    ) -> tuple[Path, dict[str, Any]]:
+        """The trainings of several settings as one group, on that run's data and cache: its folder and the answer."""
+        folder = folder or self.start("train")
+        answer = self._ask(
+            {
+                "do": "fused", "folder": str(folder), "source": str(self.input), "members": members, "fault": "",
+                "deadline": DEADLINE, **request,
+            }
+        )  # fmt: skip
+        assert answer["exit"] in (0, -9), answer
+        assert "bug" not in answer, answer["error"]
+        return folder, answer
+
     def start(self, stage: str) -> Path:
         """A new run's folder in which the stages before this one are complete."""
         self._number += 1

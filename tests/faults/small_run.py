@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from raydistill.config.run import Config
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.record import store
+from raydistill.record.fingerprint import digest
 from raydistill.record.run import open_run
-from raydistill.stages import evaluate, pipeline, scoring, teach, trainer
+from raydistill.stages import evaluate, fused, pipeline, scoring, teach, teachers, trainer, training_job
 from raydistill.stages.cluster import Resources
 from raydistill.stages.latency import measure
 from raydistill.stages.loop import TrainingJob, run_training
@@ -99,6 +101,8 @@ class Record:
         self.posts: list[dict[str, Any]] = []
         self.said: list[str] = []
         self.warnings: list[str] = []
+        self.history: dict[str, list[dict[str, float]]] = {}
+        self.failed: dict[str, str] = {}
 
 
 def run_stages(request: dict[str, Any], record: Record) -> None:
@@ -159,6 +163,37 @@ def fit_ranks(job: TrainingJob, record: Record) -> None:
         assert not any(os.waitpid(other, 0)[1] for other in others), "another rank failed"
 
 
+def train_fused(request: dict[str, Any], record: Record) -> None:
+    """The students of several settings as one group, to its end, on the data and the cache that stand in the folder.
+
+    `members` are each one's changes, `drops` who is dropped after an epoch. The answer's `history` is the group's.
+    """
+    folder, source = Path(request["folder"]), Path(request["source"])
+    jobs: dict[str, TrainingJob] = {}
+    for name, changes in request["members"].items():
+        settings = config(folder, source, changes)
+        run, resources = open_run(settings.storage, settings.name), Resources(cpus=1, gpus=0, node_cpus=1)
+        teacher = teachers.teacher_source(settings, run)
+        plan = training_job.training_plan("student", settings, run, resources, teacher)
+        jobs[name] = replace(
+            training_job.training_job("student", settings, run, plan, teacher), folder=f"tune/trials/{name}"
+        )
+    group = fused.FusedGroup(
+        jobs, folder="tune/group", fingerprint=digest({name: job.fingerprint for name, job in jobs.items()}),
+        post=lambda name, update: record.posts.append({"member": name, **update}),
+    )  # fmt: skip
+    drops: dict[str, list[str]] = request.get("drops", {})
+    done = max(map(len, group.history.values()))
+    group.drop([name for epoch in range(1, done + 1) for name in drops.get(str(epoch), [])])
+    while not group.finished:
+        found = group.epoch()
+        assert found is not None
+        done += 1
+        group.drop(drops.get(str(done), []))
+    record.history, record.failed = group.history, group.failed
+    group.close()
+
+
 def score_again(request: dict[str, Any], record: Record) -> None:
     """One task of teach once more, as Ray does when an answer was lost: the shard stands committed."""
     settings = config(Path(request["folder"]), Path(request["source"]), {})
@@ -211,7 +246,7 @@ def child(action: Callable[[dict[str, Any], Record], None], request: dict[str, A
 
 def forked(request: dict[str, Any]) -> dict[str, Any]:
     """The answer of a child; {"exit": status} alone when it was killed, by its fault or because it was too slow."""
-    actions = {"run": run_stages, "score again": score_again}
+    actions = {"run": run_stages, "score again": score_again, "fused": train_fused}
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
