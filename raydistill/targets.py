@@ -106,3 +106,11 @@ class OutputHead:
         if self.softcap is not None:
             logits_NV.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits_NV
+
+
+@dataclass(frozen=True)
+class HiddenTargets:
+    """The teacher's last hidden states at N positions (its width is its own) and the head that makes logits of them."""
+
+    hidden_ND: torch.Tensor
+    head: OutputHead
