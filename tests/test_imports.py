@@ -19,7 +19,7 @@ LAYERS = (
     ("cache",),
     ("data",),
     ("models", "students", "adapters", "depths", "feature_tap", "masked_words", "taught"),
-    ("engine", "fused"),
+    ("engine", "fused", "plain_engine"),
     ("report",),
     ("stages",),
     ("tickets", "demo"),

@@ -10,12 +10,11 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from raydistill.adapters import frozen_parameters, load_trained
 from raydistill.config.run import Config
@@ -40,12 +39,14 @@ from raydistill.models import (
     shape_of,
     start_classifier,
 )
+from raydistill.plain_engine import PlainEngine
 from raydistill.record.commit import commit_folder, read_manifest
 from raydistill.record.store import naming, open_store
 from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import WatchedCurves
 from raydistill.stages.meter import Meter, broken_step
+from raydistill.stages.ranks import all_reduce, barrier, from_rank_zero, in_group, rank_and_world
 from raydistill.stages.start import made_before, made_once, start_folders, train_rows
 from raydistill.stages.unfreezing import thaw_steps
 from raydistill.stages.validation import validation_metrics
@@ -108,7 +109,8 @@ def run_training(
 ) -> dict[str, Any]:
     """Trains to the end, to early stopping or to a request to stop; {"outcome": "done" | "stopped", "step": …}.
 
-    torch.distributed is initialised by the caller. Rank 0 writes checkpoints, curves and the finished model, and posts
+    torch.distributed is initialised by the caller; without it the training is this process's alone and takes no
+    DeepSpeed. Rank 0 writes checkpoints, curves and the finished model, and posts
     progress. Raises UserError, on every rank alike, for a loss that is not finite.
     """
     worker = _Worker(job, post, stopped)
@@ -123,7 +125,7 @@ class _Worker:
 
     def __init__(self, job: TrainingJob, post: Callable[[dict[str, Any]], None], stopped: Callable[[], bool]) -> None:
         self.job, self.settings = job, job.settings
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world = rank_and_world()
         self.device = training_device()
         self.store = open_store(job.run_url)
         self.post, self.stopped = post, stopped
@@ -153,7 +155,8 @@ class _Worker:
         self.per_pass = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
         self.per_epoch = steps_per_epoch(job.epoch_rows, job.settings.batch_size)
         self.total = self.per_epoch * job.settings.epochs
-        self.engine = Engine(
+        engine = Engine if in_group() else PlainEngine
+        self.engine = engine(
             self.model, job.settings, precision=job.precision, device=self.device, frozen=self.frozen,
             thaws=self._thaws(depths),
         )  # fmt: skip
@@ -167,7 +170,7 @@ class _Worker:
             watch = Watch(self.watched, settings, steady="temperature" not in job.courses) if self.watched else None
             self.curves = WatchedCurves(self.store, job.folder, self.state.step, watch, post)
         self.meter = Meter(job.objective.part_names, self.device)
-        self.looks_at_gradients = False
+        self.looks_at_gradients = self.has_stopped = False
 
     def _thaws(self, depths: dict[str, int]) -> dict[str, int]:
         """The step from which each of the student's parameters trains, by its name here."""
@@ -176,27 +179,34 @@ class _Worker:
         return {prefix + name: step for name, step in steps.items()}
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
-        choice = [self.checkpoints.newest() if self.rank == 0 else None]
-        dist.broadcast_object_list(choice, src=0)
-        return None if choice[0] is None else self.checkpoints.load(choice[0])
+        newest = from_rank_zero(self.checkpoints.newest() if self.rank == 0 else None)
+        return None if newest is None else self.checkpoints.load(newest)
 
     def train(self) -> dict[str, Any]:
+        for _ in self.validations():
+            pass
+        if self.has_stopped:
+            return {"outcome": "stopped", "step": self.state.step}
+        if self.rank == 0:
+            self._publish()
+        return {"outcome": "done", "step": self.state.step}
+
+    def validations(self) -> Iterator[dict[str, float]]:
+        """Trains on; the metrics of every validation, once its checkpoint is committed."""
         self.post({"rows": self.train_split.rows, "steps": self.total, "per_epoch": self.per_epoch})
         while self.state.step < self.total and not self._out_of_patience():
             for global_rows, micro_batches in self._steps_of_epoch():
                 self._step(global_rows, list(micro_batches()))
                 if self._is_due(self.settings.validate_every or self.per_epoch) or self.state.step == self.total:
-                    self._validate()
+                    yield self._validate()
                 elif self.settings.checkpoint_every and self._is_due(self.settings.checkpoint_every):
                     self._save()
                 if self._should_stop():
                     self._save()
-                    return {"outcome": "stopped", "step": self.state.step}
+                    self.has_stopped = True
+                    return
                 if self._out_of_patience() or self.state.step == self.total:
                     break
-        if self.rank == 0:
-            self._publish()
-        return {"outcome": "done", "step": self.state.step}
 
     def _steps_of_epoch(self) -> Any:
         return self.train_split.training_steps(
@@ -257,8 +267,8 @@ class _Worker:
         """Sums the last steps over all ranks, checks them and adds a point to the curves."""
         sums, seconds = self.meter.take()
         squares = self.meter.take_gradients()
-        dist.all_reduce(sums)
-        dist.all_reduce(squares)
+        all_reduce(sums)
+        all_reduce(squares)
         self._check_finite(sums)
         values, notes = self.meter.point(sums, squares, self.state.step, self.watched)
         values |= {
@@ -276,7 +286,7 @@ class _Worker:
         if (step := broken_step(sums, self.state.step)) is not None:
             raise UserError(not_finite(self.job, step))
 
-    def _validate(self) -> None:
+    def _validate(self) -> dict[str, float]:
         if self.meter.steps:
             self._report(learning_rate(self.settings, self.state.step - 1, self.total))
         values = validation_metrics(self.engine, self.validation_split, classes=len(self.job.labels))
@@ -292,6 +302,7 @@ class _Worker:
             self.curves.add(self.state.step, self.state.step / self.per_epoch, values, group="validation")
         self.post({"step": self.state.step, "validation": values, "best": better})
         self._save()
+        return values
 
     def _save(self) -> None:
         if self.meter.steps:
@@ -301,7 +312,7 @@ class _Worker:
             assert self.curves is not None
             self.curves.save()
             self.checkpoints.save(self.state, weights, optimizer)
-        dist.barrier()
+        barrier()
 
     def _is_due(self, every: int) -> bool:
         return self.state.step % every == 0
@@ -317,7 +328,7 @@ class _Worker:
         if not self._is_due(self.settings.log_every):
             return False
         wish = torch.tensor([float(self.rank == 0 and self.stopped())], device=self.device)
-        dist.all_reduce(wish)
+        all_reduce(wish)
         return bool(wish.item())
 
     def _publish(self) -> None:

@@ -20,6 +20,7 @@ from raydistill.models import load_classifier, save_classifier
 from raydistill.record.commit import Manifest, commit_folder, damage, read_manifest
 from raydistill.record.run import PARTS
 from raydistill.record.store import Store, naming
+from raydistill.stages.ranks import in_group, rank_and_world
 from raydistill.students.build import Rows
 
 SETTING = "the student's start"
@@ -33,7 +34,9 @@ def start_folders(folder: str) -> tuple[str, ...]:
     That is in the same folder, or that of the same stage, of the student's or the control's training.
     """
     parts = [PARTS[part].folder for part in ("student", "control")]
-    own = next(part for part in parts if folder == part or folder.startswith(f"{part}/"))
+    own = next((part for part in parts if folder == part or folder.startswith(f"{part}/")), None)
+    if own is None:  # a trial's, which is of no part
+        return (f"{folder}/start",)
     others = (f"{part}{folder.removeprefix(own)}/start" for part in parts if part != own)
     return (f"{folder}/start", *others)
 
@@ -52,16 +55,17 @@ def made_once(
     rank then loads the same files. Raises, on every rank alike, the UserError that `make` raises on rank 0.
     """
     answer: list[Any] = [None]
-    if dist.get_rank() == 0:
+    if rank_and_world()[0] == 0:
         try:
             answer = [
                 _standing(store, folders, fingerprint) or _commit(store, folders[0], fingerprint, make, max_length)
             ]
         except UserError as error:
             answer = [error]
-    group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
-    dist.broadcast_object_list(answer, src=0, group=group)
-    dist.destroy_process_group(group)
+    if in_group():
+        group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.broadcast_object_list(answer, src=0, group=group)
+        dist.destroy_process_group(group)
     if isinstance(answer[0], UserError):
         raise answer[0]
     return _loaded(store, answer[0])

@@ -6,18 +6,19 @@ Shapes: N rows, K classes.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from raydistill.data.loader import Batch, Split
 from raydistill.engine import Engine
 from raydistill.losses.multilabel import binary_cross_entropy_sum, binary_kl_sum
 from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
+from raydistill.plain_engine import PlainEngine
+from raydistill.stages.ranks import all_reduce, rank_and_world
 
 VALIDATION_TOKENS = {"cpu": 2048, "cuda": 65_536}
 SCALARS = 4
 
 
-def validation_metrics(engine: Engine, split: Split, *, classes: int) -> dict[str, float]:
+def validation_metrics(engine: Engine | PlainEngine, split: Split, *, classes: int) -> dict[str, float]:
     """Accuracy, macro F1 and NLL; with a cache also KL to the teacher, at temperature 1, and agreement with it.
 
     Where rows have sets of labels also micro F1. Accuracy and agreement are then of whole sets, a class is predicted
@@ -25,7 +26,7 @@ def validation_metrics(engine: Engine, split: Split, *, classes: int) -> dict[st
     that runs out repeats its last batch without counting it, because under ZeRO-3 every rank takes part in every
     forward pass.
     """
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world = rank_and_world()
     sums = torch.zeros(SCALARS + 3 * classes, dtype=torch.float64, device=engine.device)
     pending: list[Batch] = []
     sets = False
@@ -39,7 +40,7 @@ def validation_metrics(engine: Engine, split: Split, *, classes: int) -> dict[st
         if pending:
             found = _sums(engine, pending[min(rank, len(pending) - 1)], classes)
             sums += found if rank < len(pending) else 0
-    dist.all_reduce(sums)
+    all_reduce(sums)
     return metrics_of(sums, split, sets=sets)
 
 
@@ -57,7 +58,7 @@ def metrics_of(sums: torch.Tensor, split: Split, *, sets: bool) -> dict[str, flo
     return values | ({"kl": kl, "agreement": agreed} if split.has_teacher else {})
 
 
-def _sums(engine: Engine, batch: Batch, classes: int) -> torch.Tensor:
+def _sums(engine: Engine | PlainEngine, batch: Batch, classes: int) -> torch.Tensor:
     return batch_sums(engine.logits(batch.inputs), batch, classes)
 
 
