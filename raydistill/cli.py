@@ -41,7 +41,7 @@ RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, <
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
-    """Prepare, teach, train and evaluate, skipping what is complete."""
+    """Prepare, teach, tune where the config asks for it, train and evaluate, skipping what is complete."""
     _stages(load_config(config, overrides), STAGES, redo)
 
 
@@ -55,6 +55,12 @@ def prepare(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) 
 def teach(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
     """Run the teacher once over train and validation; keep its logits."""
     _stages(load_config(config, overrides), ("teach",), redo)
+
+
+@app.command()
+def tune(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
+    """Try many students over the cache; find the settings that train then takes."""
+    _stages(load_config(config, overrides), ("tune",), redo)
 
 
 @app.command()

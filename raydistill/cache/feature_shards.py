@@ -14,7 +14,7 @@ Shapes: N rows, L tokens, W width, A attention heads.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -179,6 +179,11 @@ class FeatureShard:
     def nbytes(self) -> int:
         """Held in memory; the file is mapped."""
         return self.tokens_N.nbytes + sum(starts.nbytes for starts in self.starts.values())
+
+    def where(self, chosen_N: npt.NDArray[np.bool_]) -> FeatureShard:
+        """The chosen rows, in their order."""
+        starts = {name: starts_N[chosen_N] for name, starts_N in self.starts.items()}
+        return replace(self, tokens_N=self.tokens_N[chosen_N], starts=starts)
 
     def row(self, name: str, index: int) -> npt.NDArray[np.int16]:
         """A row's numbers, as the bits of `dtype`, without a copy."""

@@ -65,7 +65,7 @@ def check_space(config: Config, lines: dict[Path_, str], source: str) -> None:
     for name in space:
         if _is_speed(config, name):
             raise _wrong(name, "changes speed alone, so that there is nothing to find. Remove it", lines, source)
-    for point in _corners(space):
+    for point in corners(space):
         try:
             made = with_point(config, point)
         except ValidationError as error:
@@ -83,7 +83,8 @@ def check_space(config: Config, lines: dict[Path_, str], source: str) -> None:
             )
 
 
-def _corners(space: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
+def corners(space: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
+    """All combinations of choices and of ranges' ends; where those are too many, all of every two settings."""
     values = {name: d.values if d.values is not None else d.ends for name, d in space.items()}
     total = 1
     for choices in values.values():

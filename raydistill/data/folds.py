@@ -50,30 +50,39 @@ def assign_folds(
 
 
 def write_folds(
-    store: Store, name: str, row_ids_N: npt.NDArray[np.int64], folds_N: npt.NDArray[np.int8], *, fingerprint: str
+    store: Store,
+    name: str,
+    row_ids_N: npt.NDArray[np.int64],
+    folds_N: npt.NDArray[np.int8],
+    *,
+    fingerprint: str,
+    folder: str = FOLDER,
 ) -> Entry:
     """Commits the folds of one shard's rows."""
-    staged = store.staging(f"{FOLDER}/{name}")
+    staged = store.staging(f"{folder}/{name}")
     table = pa.Table.from_arrays([pa.array(row_ids_N), pa.array(folds_N)], schema=SCHEMA)
     with naming(staged):
         pq.write_table(table, staged, compression="zstd", write_page_checksum=True, store_schema=False)
-    return commit_shard(store, staged, f"{FOLDER}/{name}", rows=len(table), fingerprint=fingerprint)
+    return commit_shard(store, staged, f"{folder}/{name}", rows=len(table), fingerprint=fingerprint)
 
 
 @dataclass(frozen=True)
 class FoldRows:
-    """The train rows that one teacher scores (`inside` its fold) or learns from. Can be sent to a worker."""
+    """The train rows of a fold (`inside`), or all others. Can be sent to a worker."""
 
     store_url: str
     fold: int
     inside: bool
+    folder: str = FOLDER
+    stage: str = "teach"  # that makes the folder
 
     def open(self) -> OpenFolds:
         """With the assignment at hand. Raises UserError when it is not complete."""
         store = open_store(self.store_url)
-        manifest = read_manifest(store, FOLDER)
+        manifest = read_manifest(store, self.folder)
         if manifest is None:
-            raise UserError(f"{store.where(FOLDER)}: is not complete. Run `raydistill teach` with its config first")
+            where = store.where(self.folder)
+            raise UserError(f"{where}: is not complete. Run `raydistill {self.stage}` with its config first")
         return OpenFolds(self, store, manifest)
 
 
@@ -93,9 +102,9 @@ class OpenFolds:
     def chosen(self, shard: DataShard) -> npt.NDArray[np.bool_]:
         """Which rows of a data shard are chosen. Raises UserError when the folds are of other rows."""
         entry = next(entry for entry in self.manifest.files if entry.file == shard.name)
-        with open_verified(self.store, FOLDER, entry) as source:
+        with open_verified(self.store, self.rows.folder, entry) as source:
             table = pq.ParquetFile(source).read(use_threads=False)
         if not np.array_equal(table.column("row_id").to_numpy(), shard.row_ids_N):
-            where = self.store.where(f"{FOLDER}/{entry.file}")
-            raise UserError(f"{where}: holds other rows than its data shard. Use --redo teach")
+            where = self.store.where(f"{self.rows.folder}/{entry.file}")
+            raise UserError(f"{where}: holds other rows than its data shard. Use --redo {self.rows.stage}")
         return (table.column("fold").to_numpy() == self.rows.fold) == self.rows.inside

@@ -20,7 +20,7 @@ from raydistill.cache.shards import LogitShard, read_logits
 from raydistill.data.feature_targets import FOLDER, CachedFeatures
 from raydistill.data.folds import FoldRows
 from raydistill.data.order import epoch_batches
-from raydistill.data.shards import read_shard
+from raydistill.data.shards import DataShard, read_shard
 from raydistill.data.tokens import Tokens, pack_by_length, pad, tokenise
 from raydistill.errors import UserError
 from raydistill.record.commit import Entry, Manifest
@@ -89,7 +89,6 @@ class Split:
         self._features = features
         kept = features.manifest.shards(*splits) if features else []
         self._feature_entries = pair_entries(self.entries, kept, FOLDER) if features else []
-        assert rows is None or features is None, "a training without a fold is a teacher's, which learns no features"
         self._chosen = rows.open() if rows else None
         self.shard_rows = [self._chosen.count(e.file) if self._chosen else e.rows for e in self.entries]
         self.rows = sum(self.shard_rows)
@@ -132,18 +131,25 @@ class Split:
             logits = self._join(
                 rows.row_ids_N, read_logits(self._cache_store, self._cache_folder, entry, self._cache), entry
             )
-        if self._chosen:
-            chosen_N = self._chosen.chosen(rows)
+        whole, chosen_N = rows, self._chosen.chosen(rows) if self._chosen else None
+        if chosen_N is not None:
             rows, logits = rows.where(chosen_N), None if logits is None else logits[chosen_N]
         tokens = tokenise(self._tokenizer, rows.texts, self._max_length)
         labels = rows.labels_N if rows.labels_N.ndim > 1 else rows.labels_N.astype(np.int64)
-        features = None
-        if self._features is not None:
-            features = read_features(
-                self._store, FOLDER, self._feature_entries[number], self._features.manifest,
-                row_ids_N=rows.row_ids_N, tokens_N=tokens.lengths_N, names=self._features.names,
-            )  # fmt: skip
-        return Shard(tokens, labels, logits, features)
+        if self._features is None:
+            return Shard(tokens, labels, logits)
+        if chosen_N is None:
+            return Shard(tokens, labels, logits, self._read_features(number, whole, tokens))
+        # The cache holds all rows of a shard, and is checked against all of them.
+        all_tokens = tokenise(self._tokenizer, whole.texts, self._max_length)
+        return Shard(tokens, labels, logits, self._read_features(number, whole, all_tokens).where(chosen_N))
+
+    def _read_features(self, number: int, rows: DataShard, tokens: Tokens) -> FeatureShard:
+        assert self._features is not None
+        return read_features(
+            self._store, FOLDER, self._feature_entries[number], self._features.manifest,
+            row_ids_N=rows.row_ids_N, tokens_N=tokens.lengths_N, names=self._features.names,
+        )  # fmt: skip
 
     def _join(self, row_ids_N: npt.NDArray[np.int64], cached: LogitShard, entry: Entry) -> npt.NDArray[np.float32]:
         if not np.array_equal(row_ids_N, cached.row_ids_N):

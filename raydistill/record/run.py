@@ -28,6 +28,7 @@ PARTS = {
     "cache": Part("teach", "teacher/cache", "teacher/cache"),
     "features": Part("teach", "teacher/features", "teacher/features"),
     "calibration": Part("teach", "teacher/calibration", "teacher/calibration"),
+    "tune": Part("tune", "tune", "tune"),
     "student": Part("train", "train", "student"),
     "control": Part("evaluate", "control/train", "control/model"),
     "report": Part("evaluate", "report", "report"),
@@ -41,7 +42,7 @@ ASIDE = re.compile(
     rf"\.bad-\d+(/|$)|^({'|'.join(f'{part.folder}|{part.product}' for part in PARTS.values())}"
     rf"|{FURTHER_TEACHER.pattern}/(train|model))\.\d+(/|$)"
 )
-STAGES = ("prepare", "teach", "train", "evaluate")
+STAGES = ("prepare", "teach", "tune", "train", "evaluate")
 
 
 def part_of(name: str) -> Part:

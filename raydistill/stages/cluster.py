@@ -10,6 +10,7 @@ from typing import Any
 from raydistill.config.run import Config
 from raydistill.config.training import Training
 from raydistill.errors import UserError, first_line
+from raydistill.record.store import LocalStore, Store
 
 OBJECT_STORE_BYTES = 300_000_000
 
@@ -133,6 +134,17 @@ def gains_from_bf16(resources: Resources) -> bool:
     import torch
 
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def ray_storage(store: Store, scratch: str) -> dict[str, Any]:
+    """Where Ray Train and Tune keep their own notes: a folder of the run that every node reaches."""
+    if isinstance(store, LocalStore):
+        return {"storage_path": store.where(scratch)}
+    import fsspec
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    files, path = fsspec.core.url_to_fs(store.where(scratch))
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(files))}
 
 
 class Mailbox:

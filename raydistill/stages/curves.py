@@ -51,6 +51,10 @@ class Curves:
 
     def close(self) -> None:
         self.save()
+        self.leave()
+
+    def leave(self) -> None:
+        """Ends without another write of the points: what was saved stays, and someone else may go on with it."""
         self._writer.close()
 
 

@@ -20,6 +20,7 @@ from raydistill.data.duplicates import text_key
 from raydistill.data.folds import FOLDER as FOLDS
 from raydistill.data.folds import assign_folds, write_folds
 from raydistill.data.shards import read_split
+from raydistill.data.share import strata_of
 from raydistill.errors import UserError
 from raydistill.losses.ensemble import ensemble_logits
 from raydistill.record.commit import Entry, Manifest, commit_manifest, committed_shard
@@ -61,7 +62,7 @@ def make_folds(config: Config, run: Run, progress: Progress) -> None:
         keys.append(np.array([text_key(text) for text in shard.texts], np.uint64))
     try:
         folds_N = assign_folds(
-            _strata(np.concatenate(labels)), np.concatenate(keys), folds=folds, seed=config.data.split_seed
+            strata_of(np.concatenate(labels)), np.concatenate(keys), folds=folds, seed=config.data.split_seed
         )
     except ValueError as error:
         raise UserError(f"teacher.cross_fit: found {folds}: {error}. Lower it, or give more rows") from None
@@ -76,13 +77,6 @@ def make_folds(config: Config, run: Run, progress: Progress) -> None:
     commit_manifest(run.store, FOLDS, plan.fingerprint, made, {"folds": folds, "rows": counts})
     sizes = np.bincount(folds_N, minlength=folds)
     progress.say(f"folds: {folds} of {sizes.min():,} to {sizes.max():,} rows, by label, equal texts together")
-
-
-def _strata(labels: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """The stratum of every row: its label, or of rows with sets of labels a number for each set, (N, K) to (N,)."""
-    if labels.ndim == 1:
-        return labels.astype(np.int64)
-    return np.unique(labels, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
 def score_passes(

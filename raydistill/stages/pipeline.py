@@ -13,6 +13,7 @@ from raydistill.errors import UserError
 from raydistill.models import find_model
 from raydistill.record.lock import run_lock
 from raydistill.record.run import Run, open_run, part_of
+from raydistill.stages.check_search import check_search, check_search_stands
 from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.evaluate import evaluate
 from raydistill.stages.feature_cost import feature_cost
@@ -21,6 +22,8 @@ from raydistill.stages.prepare import Surveyed, data_plan, prepare, standing_dat
 from raydistill.stages.progress import Progress
 from raydistill.stages.teach import teach
 from raydistill.stages.train import train
+from raydistill.stages.tune import tune
+from raydistill.stages.winner import winning_config
 
 
 def run_stages(
@@ -32,6 +35,8 @@ def run_stages(
     """
     if redo and redo not in stages:
         raise UserError(f"--redo {redo}: this command does {', '.join(stages)} only. Use raydistill run --redo {redo}")
+    if stages == ("tune",) and config.tune is None:
+        raise UserError("tune: is missing. Add it, with a space to search and a number of trials")
     run = open_run(config.storage, config.name, cache_from=config.teacher.cache_from, redo=redo)
     with run_lock(run.store), progress.catching_signals():
         surveyed = check(config, run, stages, progress)
@@ -39,6 +44,8 @@ def run_stages(
             progress.listen()
             check_resources(config, stages, resources)
             check_plans(config, run, stages, resources)
+            if config.tune is not None:
+                check_search_stands(config, run, stages, resources)
             if redo:
                 for part in run.parts():
                     if part_of(part).stage == redo:
@@ -48,6 +55,10 @@ def run_stages(
                 prepare(config, run, surveyed, progress)
             if "teach" in stages:
                 teach(config, run, resources, progress)
+            if "tune" in stages and config.tune is not None:
+                tune(config, run, resources, progress)
+            if "train" in stages or "evaluate" in stages:
+                config = winning_config(config, run)
             if "train" in stages:
                 train(config, run, resources, progress)
             return evaluate(config, run, resources, progress) if "evaluate" in stages else None
@@ -55,8 +66,6 @@ def run_stages(
 
 def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress) -> Surveyed | None:
     """Everything that can be checked without a worker; what prepare found in the sources, when it has work to do."""
-    if config.tune is not None:
-        raise UserError("tune: this version reads a search and does not run it yet. Remove the section")
     surveyed = None
     if "prepare" in stages and standing_data(config, run) is None:
         if run.lender:
@@ -69,6 +78,8 @@ def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress)
     labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
     if stages != ("prepare",):
         check_models(config, run, labels)
+        if config.tune is not None:
+            check_search(config, run, labels)
     return surveyed
 
 
@@ -106,6 +117,8 @@ def plan(config: Config, progress: Progress) -> Cost:
         surveyed = survey_sources(config, progress)
         rows, labels = surveyed.rows, surveyed.labels
     check_models(config, run, labels)
+    if config.tune is not None:
+        check_search(config, run, labels)
     folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
     learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
     return cost(config, rows, len(labels), feature_cost(config, run, surveyed, folder, learnt))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydistill.cache.codecs import CODECS
+from raydistill.config.points import corners, with_point
 from raydistill.config.run import Config
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import STUDENT_SPLITS
@@ -14,7 +16,7 @@ from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import check_length, check_task, find_model, label_order, refuse_adapter
 from raydistill.record.commit import Manifest
-from raydistill.record.run import Run
+from raydistill.record.run import STAGES, Run
 from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.augmenting import mask_token
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
@@ -36,6 +38,7 @@ from raydistill.stages.teachers import (
 from raydistill.stages.training_job import settings_of, training_plan
 from raydistill.stages.training_stages import TrainingStage, training_stages
 from raydistill.stages.unfreezing import check_unfreezing
+from raydistill.stages.winner import winning_config
 from raydistill.students.sizes import check_architecture
 from raydistill.students.skeleton import student_skeleton
 from raydistill.students.vocabulary import check_trimmable
@@ -67,7 +70,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.init != "config":
         length = config.data.max_length
         student_skeleton(config.student, teacher_folder=folder, labels=labels, max_length=length)
-    _check_features(config, folder)
+    check_features(config, folder)
     if config.student.lora:
         check_adapters(config, folder, labels)
     check_unfreezing(config, folder, labels)
@@ -84,7 +87,7 @@ def _check_mask_token(config: Config, tokenizer: Any) -> None:
         )
 
 
-def _check_features(config: Config, folder: Path) -> None:
+def check_features(config: Config, folder: Path) -> None:
     """Every stage's loss against cache and models, and whose its features are where there are several teachers."""
     stages = training_stages("student", config)
     for stage in stages:
@@ -159,6 +162,10 @@ def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Re
     if features is not None and ("teach" in stages or "train" in stages):
         run.check("features", features)
     made = run.complete("cache") is not None and (features is None or run.complete("features") is not None)
+    if config.tune is not None:
+        if run.complete("tune") is None or run.redo in STAGES[: STAGES.index("tune") + 1]:
+            return  # what the student is trained with is not known yet
+        config = winning_config(config, run)
     if "train" in stages and made:
         run.check("student", training_plan("student", config, run, resources, teacher))
     if "evaluate" in stages and config.evaluate.control:
@@ -192,6 +199,7 @@ class Cost:
     pass_bytes: int = 0
     student_forwards: int = 0
     student_cache_bytes: int = 0
+    search: tuple[int, int] | None = None  # trials, and their optimiser steps at most
 
     def lines(self) -> list[str]:
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
@@ -201,6 +209,11 @@ class Cost:
             f"cache: {size(self.cache_bytes)}"
             + (f", and {size(self.pass_bytes)} that it is made of" if self.pass_bytes else ""),
             f"optimiser steps at most: {steps}",
+            *(
+                [f"search: {self.search[0]:,} trials, {self.search[1]:,} steps at most; no teacher forward"]
+                if self.search
+                else []
+            ),
             *(self.features.lines() if self.features else []),
             *(
                 [
@@ -252,4 +265,15 @@ def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCo
         pass_bytes=4 * classes * scored * teachers if teachers > 1 or folds else 0,
         student_forwards=len(own) * scored + epochs_beside * learnt,
         student_cache_bytes=len(own) * scored * (classes * per_class + per_row),
+        search=search_cost(config, learnt) if config.tune is not None else None,
     )
+
+
+def search_cost(config: Config, rows: int) -> tuple[int, int]:
+    """Trials of a search over so many rows, and the optimiser steps that they take if none is stopped."""
+    assert config.tune is not None
+    most = max(
+        made.train.epochs * steps_per_epoch(math.ceil(rows * config.tune.data_fraction), made.train.batch_size)
+        for made in (with_point(config, point) for point in corners(config.tune.space))
+    )
+    return config.tune.num_trials, config.tune.num_trials * most

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from raydistill.config.run import Config
+from raydistill.record.commit import MANIFEST
 from raydistill.record.run import PARTS, Run, part_of
 from raydistill.stages.checkpoints import Checkpoints
 from raydistill.stages.teachers import trainings
@@ -31,6 +32,7 @@ def expected_parts(config: Config) -> list[str]:
         "folds": config.teacher.cross_fit is not None,
         "teacher": config.teacher.fine_tune is not None,
         "features": config.train.caches_features,
+        "tune": config.tune is not None,
         "calibration": config.teacher.calibrate,
         "control": config.evaluate.control,
     }
@@ -46,11 +48,18 @@ def _standing(run: Run, part: str) -> Standing:
             return Standing(part, facts.stage, "complete", f"temperature {manifest.facts['temperature']:g}")
         rows = sum(entry.rows for entry in manifest.files)
         detail = f"{rows:,} rows in {len(manifest.files)} shards" if rows else f"{len(manifest.files)} files"
+        if part == "tune":
+            won, metric = manifest.facts["winner"], manifest.facts["metric"]
+            detail = f"{manifest.facts['trials']} trials, validation {metric} {won['value']:.4f}"
         if "value" in manifest.facts:
             detail = f"validation {manifest.facts['metric']} {manifest.facts['value']:.4f}"
         return Standing(part, facts.stage, "complete", detail)
     if plan is None:
         return Standing(part, facts.stage, "not begun", "")
+    if part == "tune":
+        trials = run.store.folders("tune/trials")
+        ended = sum(run.store.exists(f"{folder}/{MANIFEST}") for folder in trials)
+        return Standing(part, facts.stage, "under way", f"{len(trials)} trials begun, {ended} ended")
     names = (folder.rpartition("/")[2] for folder in run.store.folders(f"{facts.folder}/stages"))
     for name in sorted(names, key=lambda name: int(name.partition("-")[0]), reverse=True):
         if steps := Checkpoints(run.store, f"{facts.folder}/stages/{name}", plan.fingerprint).steps():

@@ -14,11 +14,12 @@ from raydistill.models import ModelSource
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
-from raydistill.record.store import LocalStore, open_store
+from raydistill.record.store import open_store
 from raydistill.stages.cluster import (
     Resources,
     check_precision,
     new_mailbox,
+    ray_storage,
     share_for_training,
     worker_environment,
 )
@@ -113,7 +114,7 @@ def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resour
         ),
         run_config=RunConfig(
             name="train",
-            **_ray_storage(job, scratch),
+            **ray_storage(open_store(job.run_url), scratch),
             failure_config=FailureConfig(max_failures=job.settings.max_failures, controller_failure_limit=1),
             worker_runtime_env={"env_vars": worker_environment(resources)},
         ),
@@ -196,18 +197,6 @@ class _Reader:
             facts = f"loss {update['loss']:.4f}, {update['rows_per_second']:,.0f} rows/s"
             done, total = update["step"] - self._first, self._total - self._first
             progress.counts(title, done, total, "steps", self._started, facts)
-
-
-def _ray_storage(job: TrainingJob, scratch: str) -> dict[str, Any]:
-    """Where Ray Train keeps its own notes: a folder of the run that every node reaches."""
-    store = open_store(job.run_url)
-    if isinstance(store, LocalStore):
-        return {"storage_path": store.where(scratch)}
-    import fsspec
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    files, path = fsspec.core.url_to_fs(store.where(scratch))
-    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(files))}
 
 
 def _clear(job: TrainingJob, scratch: str) -> None:

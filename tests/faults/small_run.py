@@ -36,11 +36,13 @@ from raydistill.errors import UserError
 from raydistill.record import store
 from raydistill.record.fingerprint import digest
 from raydistill.record.run import open_run
-from raydistill.stages import evaluate, fused, pipeline, scoring, teach, teachers, trainer, training_job
+from raydistill.stages import evaluate, fused, pipeline, scoring, teach, teachers, trainer, training_job, tune
 from raydistill.stages.cluster import Resources
 from raydistill.stages.latency import measure
 from raydistill.stages.loop import TrainingJob, run_training
 from raydistill.stages.progress import Progress
+from raydistill.stages.search import Search
+from raydistill.stages.trial import Trials, TrialTraining
 
 # What a run imports on its way, so that no child has to.
 LATE_IMPORTS = (
@@ -135,7 +137,22 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
             sources, ["my card was charged twice"] * 4, requests=2, threads=1, max_length=length, dtype=dtype
         )
 
+    def run_trials(search: Search, trials: Trials, *_: Any) -> None:
+        while (number := search.next()) is not None:
+            search.start(number)
+            training = TrialTraining(trials.job(number, dict(search.trials[number].point)))
+            while True:
+                result = training.step()
+                record.posts.append({"trial": number, "epochs": result["epoch"]})
+                if search.update(number, result) == "leave":
+                    break
+            training.close()
+            search.leave(number)
+        if search.problem:
+            raise UserError(search.problem)
+
     pipeline.cluster, scoring._map_shards, trainer._fit = cluster, map_shards, fit
+    tune.run_trials = run_trials
     evaluate._time_models = time_models
     settings = config(Path(request["folder"]), Path(request["source"]), request.get("changes", {}))
     pipeline.run_stages(

@@ -1,0 +1,75 @@
+"""What can be checked of a search before a worker starts: every corner of its space as a training of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raydistill.config.points import corners, with_point
+from raydistill.config.run import Config
+from raydistill.config.section import identity
+from raydistill.errors import UserError
+from raydistill.losses.cached_features import serving
+from raydistill.models import find_model
+from raydistill.record.fingerprint import digest
+from raydistill.record.run import Run
+from raydistill.stages.cluster import Resources
+from raydistill.stages.feature_cache import needed_features
+from raydistill.stages.preflight import check_features, check_models
+from raydistill.stages.trial_runs import share_for_trials
+from raydistill.stages.tune import check_count, tune_plan
+from raydistill.stages.unfreezing import check_unfreezing
+
+
+def check_search(config: Config, run: Run, labels: list[str]) -> None:
+    """Every corner of the space against data, cache and models, as a training of its own would be checked.
+
+    Raises UserError, naming the values, for the first that does not fit.
+    """
+    assert config.tune is not None
+    teacher = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+    kept = needed_features(config, teacher)
+    students: set[str] = {digest(identity(config.student))}
+    for point in corners(config.tune.space):
+        made = with_point(config, point)
+        try:
+            if (student := digest(identity(made.student))) not in students:
+                students.add(student)
+                check_models(made, run, labels)
+            check_features(made, teacher)
+            check_unfreezing(made, teacher, labels)
+            _check_trial(made, kept, teacher)
+        except UserError as error:
+            values = ", ".join(f"{name}={value}" for name, value in point.items())
+            raise UserError(f"tune.space: {values}: {error}") from None
+
+
+def _check_trial(config: Config, kept: tuple[str, ...], teacher: Any) -> None:
+    """What holds for trials alone."""
+    if config.train.stages is not None:
+        raise UserError("train.stages: a search tries trainings of one stage. Remove them, or the section tune")
+    if config.train.precision == "fp16":
+        raise UserError("train.precision: found fp16; trials are trained in bf16 or fp32. Use one of them, or auto")
+    loss = config.train.loss
+    if loss.features and loss.features_from != "cache":
+        raise UserError(
+            "train.loss.features: the teacher would run in every trial. Set train.loss.features_from=cache, and name in"
+            " train.loss.features all that trials need"
+        )
+    missing = [name for name in needed_features(config, teacher) if serving(name, kept) is None]
+    if missing:
+        raise UserError(
+            f"train.loss.features: needs {', '.join(missing)} of the cache, which train.loss.features outside the space"
+            " does not ask for. Name there all that trials need"
+        )
+
+
+def check_search_stands(config: Config, run: Run, stages: tuple[str, ...], resources: Resources) -> None:
+    """The search against the cluster, and against the one that stands in the run. Raises UserError."""
+    if not {"tune", "train", "evaluate"} & set(stages):
+        return
+    if "tune" in stages:
+        share_for_trials(config, resources)
+    features = not config.train.caches_features or run.complete("features") is not None
+    if run.complete("data") is not None and run.complete("cache") is not None and features:
+        check_count(config, run)
+        run.check("tune", tune_plan(config, run, resources))

@@ -1,0 +1,230 @@
+"""Trials on Ray Tune: one process each, which stays for the next trial. Tune places them; `Search` decides.
+
+Tune's own state is not used to go on after a stop: everything that counts stands committed in the trials' folders.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from typing import Any, ClassVar
+
+from raydistill.config.run import Config
+from raydistill.errors import Interrupted, UserError
+from raydistill.record.store import Store
+from raydistill.stages.cluster import Resources, Share, ray_storage
+from raydistill.stages.progress import GRACE_SECONDS, Progress
+from raydistill.stages.search import Search
+from raydistill.stages.trial import Trials, TrialTraining
+
+POLL_SECONDS = 0.2
+MANY = 1_000_000  # runs that Tune may start; the search says when it is over
+
+
+def share_for_trials(config: Config, resources: Resources) -> Share:
+    """How many trials run at once, and what each takes. Raises UserError when what was asked for cannot fit."""
+    assert config.tune is not None
+    asked = config.tune.max_concurrent
+    cpus = config.train.cpus_per_worker or (max(1, resources.cpus // resources.gpus) if resources.gpus else 1)
+    if cpus > resources.node_cpus:
+        raise UserError(
+            f"train.cpus_per_worker: found {cpus} for a trial, the largest node has {resources.node_cpus}. Lower it"
+        )
+    room = min(resources.gpus, resources.cpus // cpus) if resources.gpus else resources.cpus // cpus
+    if asked is not None and asked > room:
+        what = f"{resources.gpus} GPUs" if resources.gpus else f"{resources.cpus} CPUs at {cpus} for each trial"
+        raise UserError(f"tune.max_concurrent: found {asked}, the cluster has {what}. Set at most {room}")
+    return Share(asked or room, cpus, 1 if resources.gpus else 0)
+
+
+def run_trials(search: Search, trials: Trials, resources: Resources, progress: Progress) -> None:
+    """Trains trials until the search is over or its time is. Raises UserError and Interrupted."""
+    share = share_for_trials(trials.config, resources)
+    store = trials.run.store
+    scratch = f"tune/.ray/{uuid.uuid4().hex[:8]}"
+    result: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            _tuner(search, trials, share, store, scratch, progress).fit()
+        except BaseException as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=fit, daemon=True, name="tune")
+    thread.start()
+    progress.say(f"tune: starting up to {share.processes} trials at once, {share.cpus} CPU each")
+    asked = None
+    while thread.is_alive():
+        thread.join(POLL_SECONDS)
+        asked = asked or (time.monotonic() if progress.stopping else None)
+        if asked is not None and time.monotonic() - asked > GRACE_SECONDS:
+            raise Interrupted(progress.signal)
+    Live.held.clear()
+    if store.exists("tune/.ray"):
+        store.remove("tune/.ray")
+    if "error" in result:
+        raise result["error"]
+    if search.problem:
+        raise UserError(search.problem)
+    progress.check()
+
+
+class Live:
+    """What Tune's parts share with the driver. Tune pickles its settings as it goes: this as a name, not as a copy."""
+
+    held: ClassVar[dict[str, Live]] = {}
+
+    def __init__(self, search: Search, trials: Trials, progress: Progress, board: Any, at_once: int) -> None:
+        self.search, self.trials, self.progress, self.board, self.at_once = search, trials, progress, board, at_once
+        self.name = uuid.uuid4().hex
+        self.held[self.name] = self
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return live_of, (self.name,)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no trial is to be trained on, for whatever reason."""
+        return self.progress.stopping or bool(self.search.problem) or self.search.has_run_out_of_time
+
+
+def live_of(name: str) -> Live:
+    """The one of this process that has the name."""
+    return Live.held[name]
+
+
+class Board:
+    """A Ray actor that hands trials to the processes that train them."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, Any] = {}
+
+    def put(self, number: int, job: Any) -> None:
+        self._jobs[number] = job
+
+    def get(self, number: int) -> Any:
+        return self._jobs[number]
+
+
+def _tuner(
+    search: Search, trials: Trials, share: Share, store: Store, scratch: str, progress: Progress
+) -> Any:  # fmt: skip
+    """The Tuner that runs the search's trials."""
+    import ray
+    from ray import tune
+
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # curves and tables are our own
+    os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    live = Live(search, trials, progress, ray.remote(num_cpus=0)(Board).remote(), share.processes)
+    wants: dict[str, float] = {name: count for name, count in (("CPU", share.cpus), ("GPU", share.gpus)) if count}
+
+    class Stop(tune.Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return live.has_ended
+
+    return tune.Tuner(
+        tune.with_resources(_trainable(live.board, share.cpus), wants),
+        tune_config=tune.TuneConfig(
+            search_alg=_searcher(live), scheduler=_scheduler(live),
+            num_samples=MANY, reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(name="tune", verbose=0, stop=Stop(), **ray_storage(store, scratch)),
+    )  # fmt: skip
+
+
+def _trainable(board: Any, threads: int) -> Any:
+    from ray import tune
+
+    class TrialActor(tune.Trainable):
+        """Trains a trial an epoch at a time; reset for the next trial instead of being started anew."""
+
+        def setup(self, config: dict[str, Any]) -> None:
+            import torch
+
+            torch.set_num_threads(threads)
+            self._begin(config)
+
+        def _begin(self, config: dict[str, Any]) -> None:
+            import ray
+
+            self._number = config["trial"]
+            self._training = TrialTraining(ray.get(board.get.remote(self._number)))
+
+        def step(self) -> dict[str, Any]:
+            return {**self._training.step(), "trial": self._number}
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self._training.close()
+            self._begin(new_config)
+            return True
+
+        def cleanup(self) -> None:
+            self._training.close()
+
+        def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+            return {}  # what a trial goes on from stands in its folder
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            pass
+
+    return TrialActor
+
+
+def _searcher(live: Live) -> Any:
+    import ray
+    from ray.tune.search import Searcher
+
+    class Points(Searcher):
+        """Gives Tune the trial that is to be trained now. A trial that had to wait comes as a new run of Tune's."""
+
+        def __init__(self) -> None:
+            super().__init__(metric="epoch", mode="max")
+            self._numbers: dict[str, int] = {}
+
+        def suggest(self, trial_id: str) -> Any:
+            search = live.search
+            number = search.next() if len(search.live) < live.at_once and not live.has_ended else None
+            if number is None:
+                return Searcher.FINISHED if search.is_over or live.has_ended else None
+            search.start(number)
+            self._numbers[trial_id] = number
+            point = dict(search.trials[number].point)
+            ray.get(live.board.put.remote(number, live.trials.job(number, point)))
+            return {"trial": number, **point}
+
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            number = self._numbers.pop(trial_id)
+            if error:
+                live.search.lost(number, "its process ended, each time it was started")
+            else:
+                live.search.leave(number)
+
+        def save(self, checkpoint_path: str) -> None:
+            pass
+
+        def restore(self, checkpoint_path: str) -> None:
+            pass
+
+    return Points()
+
+
+def _scheduler(live: Live) -> Any:
+    from ray.tune.schedulers import FIFOScheduler
+
+    class Rungs(FIFOScheduler):
+        """Passes results on; a trial that is to wait leaves its process, and comes back from its checkpoint."""
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            goes_on = live.search.update(result["trial"], result) == "go"
+            return self.CONTINUE if goes_on else self.STOP
+
+        def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+            if "curve" in result:
+                live.search.update(result["trial"], result)
+
+    return Rungs()
