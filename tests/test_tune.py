@@ -98,6 +98,20 @@ def test_the_tables_have_a_row_for_every_trial(whole: Path):
     assert [float(row["nll"]) for row in written] == [row["nll"] for row in rows]
 
 
+def test_the_page_says_what_the_tables_say(whole: Path):
+    page, rows, found = (whole / "tune/report.html").read_text(), table(whole), facts(whole)
+    won = found["winner"]
+    assert f"Trial {won['number']} won: validation NLL {won['value']:.4f} with train.learning_rate" in page
+    assert "Of 4 trials 4 trained to their end." in page
+    # Half of 54 rows in batches of 16.
+    assert "They took 32 optimiser steps, 100% of what all would have taken to their end" in page
+    chosen = [pq.read_table(path)["fold"].to_pylist().count(0) for path in whole.glob("tune/rows/train-*.parquet")]
+    assert f"on 50% of train ({sum(chosen)} rows)" in page
+    assert all(f"<td>{row['nll']:.4f}</td>" in page for row in rows)
+    assert page.count("<svg") >= 2
+    assert "learning_rate:" in page
+
+
 def test_tensorboard_has_settings_and_metrics_of_every_trial(whole: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

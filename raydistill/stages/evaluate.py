@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from raydistill.report.measures import measures_of
 from raydistill.report.page import render
 from raydistill.stages.calibration import teacher_temperature
 from raydistill.stages.cluster import Resources, share_for_actors
+from raydistill.stages.environment import device_name, environment
 from raydistill.stages.latency import measure
 from raydistill.stages.prepare import data_report
 from raydistill.stages.progress import Progress
@@ -39,7 +37,6 @@ from raydistill.stages.teachers import is_ensemble, made_here, members, teacher_
 
 TIMED_ROWS = 1024
 SPLITS = ("validation", "test")
-PACKAGES = ("raydistill", "ray", "torch", "deepspeed", "transformers", "pyarrow")
 Logits = dict[str, np.ndarray]
 
 
@@ -230,11 +227,11 @@ def _report(
             "latency_requests": config.evaluate.latency_requests,
             "threads": config.evaluate.threads,
             "dtype": config.evaluate.dtype,
-            "device": _device_name(),
+            "device": device_name(),
         },
         "data_report": data_report(data.facts),
         "fingerprints": _fingerprints(run, plan),
-        "environment": _environment(),
+        "environment": environment(),
         "config": config.model_dump(mode="json"),
     }
 
@@ -257,24 +254,6 @@ def _fingerprints(run: Run, plan: Plan) -> dict[str, str]:
         part: manifest.fingerprint for part in run.parts() if part != "report" and (manifest := run.complete(part))
     }
     return {**found, "report": plan.fingerprint}
-
-
-def _environment() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
-        "platform": platform.platform(terse=True),
-        "processor": _device_name(),
-        "cpus": str(os.cpu_count()),
-    }
-
-
-def _device_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "an unnamed processor"
 
 
 def _commit(run: Run, plan: Plan, report: dict[str, Any]) -> None:

@@ -15,11 +15,13 @@ from raydistill.errors import UserError
 from raydistill.record.commit import MANIFEST, Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
+from raydistill.report.search_page import render_search
 from raydistill.search.trials import Trial, commonest_reason, winner
 from raydistill.stages.cluster import Resources
 from raydistill.stages.evaluate import forwards_per_row
 from raydistill.stages.progress import Progress
 from raydistill.stages.search import Search
+from raydistill.stages.search_report import search_facts
 from raydistill.stages.search_rows import draw_rows
 from raydistill.stages.search_tables import table_files, write_hparams
 from raydistill.stages.teachers import teacher_source
@@ -117,12 +119,14 @@ def _commit(config: Config, run: Run, plan: Plan, search: Search) -> Manifest:
     won = winner(search.trials, metric, choose)
     if won is None:
         raise UserError("tune.time_budget: ended before any trial had an epoch. Raise it, and run the same command")
-    files = table_files(search.trials, metric, choose) | {"best.yaml": to_yaml(with_point(config, won.point)).encode()}
+    best, facts = to_yaml(with_point(config, won.point)), _facts(config, run, search, won)
+    page = render_search(search_facts(config, run, search.trials, facts), best)
+    files = table_files(search.trials, metric, choose) | {"best.yaml": best.encode(), "report.html": page.encode()}
     for name, data in files.items():
         run.store.write(f"{FOLDER}/{name}", data)
     write_hparams(run.store, search.trials, metric, choose)
     entries = [Entry(n, run.store.sha256(f"{FOLDER}/{n}"), run.store.size(f"{FOLDER}/{n}")) for n in files]
-    return commit_manifest(run.store, FOLDER, plan.fingerprint, entries, _facts(config, run, search, won))
+    return commit_manifest(run.store, FOLDER, plan.fingerprint, entries, facts)
 
 
 def _facts(config: Config, run: Run, search: Search, won: Trial) -> dict[str, Any]:
@@ -159,5 +163,6 @@ def _line(config: Config, trial: Trial) -> str:
 def _say_where(run: Run, progress: Progress) -> None:
     """How to open what the search wrote."""
     where = run.store.where(FOLDER)
+    progress.say(f"tune: the page about it: {where}/report.html")
     progress.say(f"tune: every trial: {where}/trials.csv, .parquet; curves and HParams: tensorboard --logdir {where}")
     progress.say(f"tune: the winner's settings, which can be run as they are: {where}/best.yaml")
