@@ -145,7 +145,10 @@ def render_search(search: dict[str, Any], best_yaml: str = "") -> str:
     """The page: no scripts, no network, light and dark."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]))
     header, rows = trial_table(search)
+    points = {trial["number"]: trial["point"] for trial in search["trials"]}
+    settings = [(name, text_of(value)) for name, value in points.get(search["winner"], {}).items()]
     return environment.get_template("search.html.j2").render(
         search=search, verdict=search_verdict(search), header=header, rows=rows, metric=words(search["metric"]),
-        pictures=search_pictures(search), best_yaml=best_yaml, config=json.dumps(search["config"], indent=2),
+        pictures=search_pictures(search), best_yaml=best_yaml, settings=settings,
+        config=json.dumps(search["config"], indent=2),
     )  # fmt: skip
