@@ -109,6 +109,7 @@ def test_a_search_in_which_all_failed_has_a_page_too():
 
 def test_settings_that_are_words_or_missing_are_drawn():
     points = [{KIND: "forward_kl", RATE: 1e-3}, {KIND: "dist", RATE: 1e-3}, {KIND: None, RATE: 1e-3}]
+    points.append({KIND: ["a", "list"], RATE: 1e-3})
     page = render_search(search([trial(n, p, [0.1 * n, 0.2]) for n, p in enumerate(points)]))
     texts = {element.text for svg in pictures_of(page) for element in svg.iter() if element.text}
     assert {"forward_kl", "dist", "–", "0.001"} <= {text.strip() for text in texts}
@@ -119,6 +120,7 @@ def test_values_are_placed_to_scale():
     assert place_values([1e-4, 1e-2, 1e-3])[0] == pytest.approx([0, 1, 0.5])  # logarithmic
     assert place_values([7, 7]) == ([0.5, 0.5], [(0.5, "7")])
     assert place_values(["b", "a", True])[0] == [1.0, 0.5, 0.0]
+    assert place_values([[{"kind": "hidden_mse"}], []])[0] == [1.0, 0.0]  # a list of losses is a value too
     many = [float(n) for n in range(20)]
     assert place_values(many)[1] == [(0.0, "0"), (1.0, "19")]
 

@@ -150,8 +150,8 @@ def importance_bars(shares: dict[str, float]) -> str:
 def place_values(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
     """Values of one setting on an axis from 0 to 1, and its labels: numbers to scale (logarithmic over a factor of
     20), words side by side; a trial that lacks the setting stands among the words."""
-    known = list(dict.fromkeys(values))
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        known = set(values)
         low, high = min(known), max(known)
         if low == high:
             return [0.5] * len(values), [(0.5, text_of(low))]
@@ -160,8 +160,8 @@ def place_values(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, 
         if len(known) <= 8:
             return places, sorted({(p, text_of(v)) for p, v in zip(places, values, strict=True)})
         return places, [(0.0, text_of(low)), (1.0, text_of(high))]
-    ordered = sorted(known, key=text_of)
-    at = {text_of(value): i / max(1, len(ordered) - 1) for i, value in enumerate(ordered)}
+    ordered = sorted({text_of(value) for value in values})
+    at = {text: i / max(1, len(ordered) - 1) for i, text in enumerate(ordered)}
     return [at[text_of(value)] for value in values], [(place, text) for text, place in at.items()]
 
 
