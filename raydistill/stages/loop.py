@@ -7,90 +7,46 @@ was stopped at any step goes on as if it had not been.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from raydistill.adapters import frozen_parameters, load_trained
-from raydistill.config.run import Config
 from raydistill.config.training import Training
-from raydistill.data.feature_targets import cached_features
-from raydistill.data.folds import FoldRows
-from raydistill.data.loader import Batch, Split
+from raydistill.data.loader import Batch
 from raydistill.data.order import steps_per_epoch
-from raydistill.data.tokens import ids_in, load_tokenizer
 from raydistill.depths import parameter_depths
 from raydistill.engine import Engine
 from raydistill.errors import UserError
-from raydistill.losses.courses import Course
 from raydistill.losses.objective import Objective
 from raydistill.losses.term_gradients import gradient_squares
 from raydistill.models import (
-    ModelSource,
     count_parameters,
-    load_classifier,
     save_classifier,
     set_task,
-    shape_of,
-    start_classifier,
 )
 from raydistill.plain_engine import PlainEngine
-from raydistill.record.commit import commit_folder, read_manifest
+from raydistill.record.commit import commit_folder
 from raydistill.record.store import naming, open_store
 from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import WatchedCurves
+from raydistill.stages.job import TrainingJob, build_model, open_split, with_features
 from raydistill.stages.meter import Meter, broken_step
 from raydistill.stages.ranks import all_reduce, barrier, from_rank_zero, in_group, rank_and_world
-from raydistill.stages.start import made_before, made_once, start_folders, train_rows
 from raydistill.stages.unfreezing import thaw_steps
 from raydistill.stages.validation import validation_metrics
 from raydistill.stages.watch import Watch, watched_part
-from raydistill.students.build import build_student
-from raydistill.taught import STUDENT_PREFIX, FeatureTeacher, TaughtStudent, student_weights
+from raydistill.taught import STUDENT_PREFIX, TaughtStudent, student_weights
 
 LOWER_IS_BETTER = ("nll", "kl")
 # torch's fused attention is slower than the plain one in training on a CPU: by a tenth with dropout, by half without.
 # It saves memory where rows are long.
 EAGER_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """One training. Every field can be sent to a worker."""
-
-    role: str  # teacher, student or control
-    title: str  # what progress calls it: the part of the run that it makes, or a stage of it
-    section: str  # where its settings stand
-    config: Config
-    settings: Training
-    objective: Objective
-    metric: str
-    precision: str
-    labels: tuple[str, ...]
-    fingerprint: str
-    run_url: str
-    data_url: str
-    uses_cache: bool
-    teacher_temperature: float  # what the cached logits are divided by
-    splits: tuple[str, ...]  # what it learns from
-    epoch_rows: int  # what an epoch counts: a control without its student's unlabelled rows takes as many steps
-    source: ModelSource  # what the model is built from: the start of a teacher, the teacher of a student
-    start: str | None  # the fingerprint of a student's first weights, where they need rows of train
-    folder: str
-    product: str
-    rows: FoldRows | None  # of train, that it learns from; None: all
-    beside: ModelSource | None = None  # the teacher of features, where it is another than `source`
-    courses: Mapping[str, Course] = field(default_factory=dict[str, Course])  # of the objective's numbers that change
-    begins_with: ModelSource | None = None  # the model whose weights it goes on from, in the place of first ones
-    unfreeze: float | tuple[float, ...] | None = None  # when the student's depths begin to train
-    own_cache: str | None = None  # the folder, in the run, of other targets than the teacher's
-    stages_before: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # what they came to
 
 
 def learning_rate(settings: Training, step: int, total: int) -> float:
@@ -382,68 +338,6 @@ def not_finite(job: TrainingJob, step: int) -> str:
         f"{job.title} training: the loss at step {step} is not finite. Lower {job.section}.learning_rate,"
         f" or set {job.section.partition('.stages')[0]}.precision=fp32"
     )
-
-
-def open_split(job: TrainingJob, splits: tuple[str, ...], tokenizer: Any) -> Split:
-    """The rows of some splits as this training has them."""
-    store = open_store(job.data_url)
-    data = read_manifest(store, "data")
-    targets, folder = (store, "teacher/cache") if job.own_cache is None else (open_store(job.run_url), job.own_cache)
-    cache = read_manifest(targets, folder) if job.uses_cache else None
-    assert data is not None
-    assert cache is not None or not job.uses_cache
-    from_cache = splits == job.splits and job.config.train.loss.features_from == "cache"
-    return Split(
-        store, splits, data, cache, tokenizer=tokenizer, max_length=job.config.data.max_length,
-        teacher_temperature=job.teacher_temperature, rows=job.rows if "train" in splits else None,
-        cache_store=targets, cache_folder=folder,
-        features=cached_features(store, job.objective.features) if from_cache else None,
-    )  # fmt: skip
-
-
-def with_features(
-    job: TrainingJob, student: Any, tokenizer: Any, device: torch.device
-) -> tuple[TaughtStudent, FeatureTeacher | None]:
-    """The student with its projections, and the teacher that runs beside it unless its features are cached."""
-    terms, dtype = job.objective.features, {"fp32": torch.float32}.get(job.precision, torch.bfloat16)
-    source = job.beside or job.source
-    folder = source.folder()
-    taught = TaughtStudent(student, terms, teacher_width=shape_of(folder).width, seed=job.settings.seed)
-    if job.config.train.loss.features_from == "cache":
-        return taught, None
-    teacher = load_classifier(source.setting, folder, dtype=dtype)
-    ids = ids_in(load_tokenizer(folder, source.setting), tokenizer)
-    token_ids = None if ids is None else torch.from_numpy(ids)
-    return taught, FeatureTeacher(teacher, terms, device=device, token_ids=token_ids)
-
-
-def build_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
-    """The model with its first weights, and its tokenizer; the same on every rank.
-
-    Collective, but for a rank that builds it `alone` once more, after all have built it.
-    """
-    labels, length = list(job.labels), job.config.data.max_length
-    if job.begins_with is not None:
-        folder, setting = job.begins_with.folder(), job.begins_with.setting
-        return load_classifier(setting, folder), load_tokenizer(folder, setting)
-    folder = job.source.folder()
-    if job.role == "teacher":
-        torch.manual_seed(job.settings.seed)
-        setting = job.source.setting
-        return start_classifier(setting, folder, labels), load_tokenizer(folder, setting)
-    build = functools.partial(
-        build_student, job.config.student, teacher_folder=folder, labels=labels, max_length=length,
-        seed=job.settings.seed,
-    )  # fmt: skip
-    if job.start is None:
-        return build()
-    store, data = open_store(job.run_url), open_store(job.data_url)
-    if alone:
-        return made_before(store, start_folders(job.folder), job.start)
-    manifest = read_manifest(data, "data")
-    assert manifest is not None
-    make = functools.partial(build, rows=train_rows(data, manifest))
-    return made_once(store, start_folders(job.folder), job.start, make, max_length=length)
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -15,7 +15,7 @@ from raydistill.record.commit import Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources, share_for_actors
-from raydistill.stages.loop import TrainingJob
+from raydistill.stages.job import TrainingJob
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import score
 from raydistill.stages.teach import SPLITS, teacher_job

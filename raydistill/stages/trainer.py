@@ -23,7 +23,8 @@ from raydistill.stages.cluster import (
     share_for_training,
     worker_environment,
 )
-from raydistill.stages.loop import TrainingJob, run_training
+from raydistill.stages.job import TrainingJob
+from raydistill.stages.loop import run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
 from raydistill.stages.training_job import settings_of, training_job, training_plan
 

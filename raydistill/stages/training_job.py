@@ -20,7 +20,7 @@ from raydistill.record.run import Run, part_of
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, gains_from_bf16
 from raydistill.stages.features import feature_terms
-from raydistill.stages.loop import TrainingJob
+from raydistill.stages.job import TrainingJob
 from raydistill.stages.teachers import feature_source, folds_plan
 from raydistill.stages.training_stages import TrainingStage, stage_inputs
 from raydistill.students.build import needs_rows

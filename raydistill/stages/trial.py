@@ -20,7 +20,8 @@ from raydistill.search.space import Point, point_id
 from raydistill.stages.checkpoints import Checkpoints, State
 from raydistill.stages.cluster import Resources
 from raydistill.stages.curves import read_curves
-from raydistill.stages.loop import TrainingJob, _Worker
+from raydistill.stages.job import TrainingJob
+from raydistill.stages.loop import _Worker
 from raydistill.stages.search_rows import rows_plan
 from raydistill.stages.training_job import training_job, training_plan
 

@@ -38,8 +38,9 @@ from raydistill.record.fingerprint import digest
 from raydistill.record.run import open_run
 from raydistill.stages import evaluate, fused, pipeline, scoring, teach, teachers, trainer, training_job, tune
 from raydistill.stages.cluster import Resources
+from raydistill.stages.job import TrainingJob
 from raydistill.stages.latency import measure
-from raydistill.stages.loop import TrainingJob, run_training
+from raydistill.stages.loop import run_training
 from raydistill.stages.progress import Progress
 from raydistill.stages.search import Search
 from raydistill.stages.trial import Trials, TrialTraining
