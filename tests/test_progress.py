@@ -14,7 +14,7 @@ def test_counts_say_rate_and_time_left_from_the_first_line_on(monkeypatch: pytes
         clock[0] = now
         shown.counts("teach", done, 400, "rows", started=0.0, facts="loss 1")
     assert lines == [
-        "teach: 40 of 400 rows, 4 rows/s, 1 min 30 s left, loss 1",  # 40 rows in the 10 s since the start
+        "teach: 40 of 400 rows, 4 rows/s with its start, at most 1 min 30 s left, loss 1",  # 40 rows in 10 s
         "teach: 60 of 400 rows, 2 rows/s, 2 min 50 s left, loss 1",  # 20 in the 10 s since that line
         "teach: 400 of 400 rows, 18 rows/s, loss 1",
     ]

@@ -36,14 +36,12 @@ class Progress:
         self._last[what] = now
         # After the first line the rate is counted from there: what came before it is mostly start-up.
         since, first = self._first.setdefault(what, (now, done))
-        rate = (done - first) / (now - since) if done > first else done / max(now - started, 1e-9)
-        text = (
-            f"{what}: {done:,}"
-            + (f" of {total:,}" if total is not None else "")
-            + f" {unit}, {per_second(rate)} {unit}/s"
-        )
+        is_first = done <= first
+        rate = done / max(now - started, 1e-9) if is_first else (done - first) / (now - since)
+        text = f"{what}: {done:,}" + (f" of {total:,}" if total is not None else "") + f" {unit}"
+        text += f", {per_second(rate)} {unit}/s" + (" with its start" if is_first and not finished else "")
         if total is not None and not finished and rate > 0:
-            text += f", {duration((total - done) / rate)} left"
+            text += f", {'at most ' if is_first else ''}{duration((total - done) / rate)} left"
         self.say(text + (f", {facts}" if facts else ""))
 
     @property
