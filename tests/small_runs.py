@@ -84,6 +84,27 @@ class SmallRuns:
         folder = self.start("train")
         return folder, self.run(folder, "train", changes=changes, **request)
 
+    def finished(self, *stages: str, changes: dict[str, Any], folder: Path | None = None) -> Path:
+        """A new run, or that in the folder, after stages that went well; DeepSpeed trains once in a process."""
+        folder = folder or self.start("prepare")
+        for stage in stages:
+            answer = self.run(folder, stage, changes=changes)
+            assert answer["error"] is None, answer["error"]
+        return folder
+
+    def killed_training(self, changes: dict[str, Any]) -> tuple[Path, Path]:
+        """The folders of a training and of the same one that was killed while it wrote step 6 and went on from 4."""
+        whole, answer = self.trained(changes)
+        assert answer["error"] is None, answer["error"]
+        operations = answer["operations"]
+        number = len(operations) - operations[::-1].index("rename step-00000006")
+        folder, killed = self.trained(changes, fault=f"{number}:kill")
+        assert killed == {"exit": -9}
+        again = self.run(folder, "train", changes=changes)
+        assert again["error"] is None, again["error"]
+        assert next(post["going_on_from"] for post in again["posts"] if "going_on_from" in post) == 4
+        return whole, folder
+
     def fused(
         self, members: dict[str, dict[str, Any]], folder: Path | None = None, **request: Any
     ) -> tuple[Path, dict[str, Any]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from run_files import equal, facts, points, student_weights
 from safetensors.torch import load_file
-from test_training import equal, facts, points, student_weights
 from tiny_models import ENCODERS, LABELS, outputs, tiny
 
 from raydistill import adapters
@@ -267,28 +267,14 @@ def test_adapters_learn(runs):
     assert all(value.abs().max() > 0.01 for name, value in checkpoint.items() if ".lora_B." in name)
 
 
-def kill_and_go_on(runs: Any, settings: dict[str, Any]) -> tuple[Path, Path]:
-    """The folders of a run and of the same one that was killed while it wrote a checkpoint and went on."""
-    whole, answer = runs.trained(settings)
-    assert answer["error"] is None
-    operations = answer["operations"]
-    number = len(operations) - operations[::-1].index("rename step-00000006")
-    folder, killed = runs.trained(settings, fault=f"{number}:kill")
-    assert killed == {"exit": -9}
-    again = runs.run(folder, "train", changes=settings)
-    assert again["error"] is None
-    assert next(post["going_on_from"] for post in again["posts"] if "going_on_from" in post) == 4
-    return whole, folder
-
-
 @pytest.mark.parametrize("init", INITS)
 def test_a_training_with_adapters_goes_on_after_a_kill_to_the_same_weights(runs, init: str):
-    whole, folder = kill_and_go_on(runs, changes(runs, init, also_train=["norms"]))
+    whole, folder = runs.killed_training(changes(runs, init, also_train=["norms"]))
     assert equal(student_weights(folder), student_weights(whole))
 
 
 def test_an_adapter_goes_on_after_a_kill_to_the_same_files(runs):
-    whole, folder = kill_and_go_on(runs, changes(runs, merge=False))
+    whole, folder = runs.killed_training(changes(runs, merge=False))
     for name in (adapters.ADAPTER_WEIGHTS, f"{adapters.BASE}/model.safetensors"):
         assert (folder / "student" / name).read_bytes() == (whole / "student" / name).read_bytes()
 

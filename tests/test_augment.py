@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import test_vocabulary
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from run_files import column, equal, manifest, student_weights
 
 from raydistill.data.augment import Rules, Words, augmented, augmented_rows
 from raydistill.data.shards import DataShard
 from raydistill.masked_words import MaskedWords, whole_words
-from raydistill.record.commit import read_manifest
-from raydistill.record.store import LocalStore
 
 pytestmark = pytest.mark.xdist_group("small_runs")
 TRAIN, BATCH, COPIES = 55, 16, 2
@@ -327,22 +324,7 @@ def changes() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(runs: Any, changes: dict[str, Any]) -> Path:
-    made = runs.start("prepare")
-    for stage in ("prepare", "teach", "train", "evaluate"):
-        answer = runs.run(made, stage, changes=changes)
-        assert answer["error"] is None, answer["error"]
-    return made
-
-
-def manifest(folder: Path, part: str) -> Any:
-    found = read_manifest(LocalStore(str(folder)), part)
-    assert found is not None
-    return found
-
-
-def column(folder: Path, split: str, name: str) -> list[Any]:
-    entries = manifest(folder, "data").shards(split)
-    return [value for e in entries for value in pq.read_table(folder / "data" / e.file)[name].to_pylist()]
+    return runs.finished("prepare", "teach", "train", "evaluate", changes=changes)
 
 
 def test_the_texts_stand_in_shards_of_their_own_and_name_the_rows_they_came_from(folder: Path, runs: Any):
@@ -375,8 +357,7 @@ def test_prepare_and_train_go_on_after_a_kill_to_the_same_bytes(folder: Path, ru
     assert manifest(again, "data").files == manifest(folder, "data").files
     assert runs.run(again, "train", changes=changes, fault="60:kill") == {"exit": -9}
     assert runs.run(again, "train", changes=changes)["error"] is None
-    ours, whole = (load_file(f / "student/model.safetensors") for f in (again, folder))
-    assert all(np.array_equal(ours[name], whole[name]) for name in whole)
+    assert equal(student_weights(again), student_weights(folder))
 
 
 def test_kept_labels_reach_the_cross_entropy(folder: Path, runs: Any, changes: dict[str, Any]):

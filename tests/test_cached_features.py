@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from run_files import equal, points, student_weights
 from small_runs import SmallRuns, results
 
 from raydistill.config.file import load_config
@@ -68,19 +68,6 @@ def trained(runs: SmallRuns, folder: Path, changes: dict[str, Any]) -> dict[str,
     answer = runs.run(folder, "train", changes=changes)
     assert answer["error"] is None, answer["error"]
     return answer
-
-
-def points(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "train/metrics.jsonl").read_text().splitlines()
-    return [point for point in map(json.loads, lines) if point["group"] == "train"]
-
-
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    return load_file(folder / "student/model.safetensors")
-
-
-def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def terms() -> tuple[FeatureTerm, ...]:
@@ -142,7 +129,7 @@ def test_losses_are_those_of_the_teacher_beside_the_training(runs, made, codec: 
     folder = copied(runs, made[codec], f"trained-{codec}")
     trained(runs, folder, {**CACHED, **changes})
     beside, _ = runs.trained(BESIDE)
-    found, expected = points(folder), points(beside)
+    found, expected = points(folder, "train"), points(beside, "train")
     assert len(found) == len(expected) == 8
     # At the first step the student is the same. A square of a difference as large as its sides changes by at most
     # twice the rounding, a cosine by the rounding, a divergence of probabilities by the rounding of their sum.
@@ -212,7 +199,7 @@ def test_a_training_from_cached_features_goes_on_after_a_kill_to_the_same_weight
     assert runs.run(copy, "train", changes=changes, fault=f"{number}:kill") == {"exit": -9}
     again = trained(runs, copy, changes)
     assert next(post["going_on_from"] for post in again["posts"] if "going_on_from" in post) == 4
-    assert equal(weights(copy), weights(whole))
+    assert equal(student_weights(copy), student_weights(whole))
 
 
 def test_micro_batches_change_no_loss(runs, made):
@@ -222,7 +209,7 @@ def test_micro_batches_change_no_loss(runs, made):
     for accumulation in (1, 3):
         folder = copied(runs, made["float16"], f"micro-{accumulation}")
         trained(runs, folder, {**changes, "train.accumulation": accumulation})
-        curves.append(points(folder))
+        curves.append(points(folder, "train"))
     for one, other in zip(*curves, strict=True):
         for name in ("loss", "hidden_mse", "attention_kl", "value_relation", "embeddings_cosine"):
             assert other[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6)
@@ -278,7 +265,7 @@ def test_features_are_lent_and_more_than_is_needed_serves(runs, made):
         assert plan["features"] == lender["fingerprint"]
     own = taught(runs, CACHED)
     trained(runs, own, CACHED)
-    assert equal(weights(folders[0]), weights(own))
+    assert equal(student_weights(folders[0]), student_weights(own))
 
 
 @pytest.mark.parametrize(
@@ -377,7 +364,7 @@ def test_maps_of_another_number_of_heads_are_kept_as_their_mean(runs, made):
     answer = runs.run(borrower, "teach", "train", changes=lent)
     assert (answer["error"], answer["scored"]) == (None, [])
     for run in (folder, borrower):
-        for ours, theirs in zip(points(run), points(beside), strict=True):
+        for ours, theirs in zip(points(run, "train"), points(beside, "train"), strict=True):
             assert ours["attention_mse"] == pytest.approx(theirs["attention_mse"], rel=0.01, abs=1e-7)
 
 
@@ -390,7 +377,7 @@ def test_unlabelled_rows_have_features_too(runs):
     assert answer["error"] is None, answer["error"]
     kept = sorted(path.name for path in (folder / "teacher/features").glob("*.parquet"))
     assert kept == [*TRAIN_SHARDS, "unlabelled-00000.parquet", "unlabelled-00001.parquet"]
-    assert all(point["hidden_mse"] > 0 for point in points(folder))
+    assert all(point["hidden_mse"] > 0 for point in points(folder, "train"))
 
 
 def test_names_say_what_is_kept():

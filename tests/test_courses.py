@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_training import STEPS, equal, facts, points, student_weights
+from run_files import equal, facts, points, student_weights
+from test_training import STEPS
 
 from raydistill.losses.courses import Course
 from raydistill.losses.objective import Objective
@@ -87,14 +88,7 @@ def test_a_course_that_ends_where_it_begins_changes_nothing(runs):
 
 def test_a_training_with_courses_goes_on_after_a_kill_to_the_same_weights(runs):
     changes = {"train.loss.temperature_end": 1.0, "train.loss.alpha": 0.1, "train.loss.alpha_end": 0.9}
-    whole, answer = runs.trained(changes)
-    operations = answer["operations"]
-    number = len(operations) - operations[::-1].index("rename step-00000006")
-    folder, killed = runs.trained(changes, fault=f"{number}:kill")
-    assert killed == {"exit": -9}
-    again = runs.run(folder, "train", changes=changes)
-    assert again["error"] is None
-    assert next(post["going_on_from"] for post in again["posts"] if "going_on_from" in post) == 4
+    whole, folder = runs.killed_training(changes)
     assert equal(student_weights(folder), student_weights(whole))
     assert points(folder, "train")[-1]["alpha"] == pytest.approx(0.9)
     assert facts(folder)["steps"] == STEPS

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from run_files import equal, manifest, points, student_weights
 from sklearn.metrics import f1_score, log_loss
 
 from raydistill.cache.shards import read_logits
@@ -27,7 +27,6 @@ from raydistill.data.shards import ShardWriter, read_shard, read_split
 from raydistill.data.sources import Columns, Row, find_source, read_rows
 from raydistill.data.splits import ValidationDraw, share_of_sets, survey
 from raydistill.losses.calibration import fit_binary_temperature
-from raydistill.record.commit import read_manifest
 from raydistill.record.store import LocalStore
 from raydistill.report.label_sets import compare_label_sets, label_set_metrics, mean_binary_kl
 from raydistill.tickets import CATEGORIES
@@ -223,22 +222,7 @@ def changes(runs: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def folder(runs: Any, changes: dict[str, Any]) -> Path:
-    made = runs.start("prepare")
-    for stage in ("prepare", "teach", "train", "evaluate"):
-        answer = runs.run(made, stage, changes=changes)
-        assert answer["error"] is None, answer["error"]
-    return made
-
-
-def manifest(folder: Path, part: str) -> Any:
-    found = read_manifest(LocalStore(str(folder)), part)
-    assert found is not None
-    return found
-
-
-def points(folder: Path, group: str, role: str = "train") -> list[dict[str, Any]]:
-    lines = (folder / role / "metrics.jsonl").read_text().splitlines()
-    return [point for point in map(json.loads, lines) if point["group"] == group]
+    return runs.finished("prepare", "teach", "train", "evaluate", changes=changes)
 
 
 def labels_of(folder: Path, split: str) -> np.ndarray:
@@ -317,8 +301,7 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(folder: Path, ru
     assert list(made.glob("train/checkpoints/step-*"))
     assert not (made / "student").exists()
     assert runs.run(made, "train", changes=changes)["error"] is None
-    ours, whole = (load_file(f / "student/model.safetensors") for f in (made, folder))
-    assert all(np.array_equal(ours[name], whole[name]) for name in whole)
+    assert equal(student_weights(made), student_weights(folder))
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from test_training import equal, points, student_weights
+from run_files import equal, points, student_weights
 
 from raydistill.losses.feature_objective import FeatureTerm
 from raydistill.losses.objective import Objective

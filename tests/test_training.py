@@ -1,6 +1,5 @@
 """The training loop's own rules: schedule, validation, early stopping, which checkpoint is kept, what is not finite."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -8,35 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_files import checkpoint_weights, equal, facts, points, student_weights
 from safetensors.numpy import load_file, save_file
 
-from raydistill.record.commit import read_manifest
-from raydistill.record.store import LocalStore
-
 STEPS = 8  # 54 train rows in batches of 16, 2 epochs
-
-
-def points(folder: Path, group: str) -> list[dict[str, Any]]:
-    lines = (folder / "train/metrics.jsonl").read_text().splitlines()
-    return [point for point in map(json.loads, lines) if point["group"] == group]
-
-
-def facts(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(LocalStore(str(folder)), "student")
-    assert manifest is not None
-    return manifest.facts
-
-
-def student_weights(folder: Path) -> dict[str, np.ndarray]:
-    return load_file(folder / "student/model.safetensors")
-
-
-def checkpoint_weights(folder: Path, step: int) -> dict[str, np.ndarray]:
-    return load_file(folder / f"train/checkpoints/step-{step:08d}/model.safetensors")
-
-
-def equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return all(np.array_equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -199,14 +173,7 @@ def test_feature_losses_train_the_student_and_leave_no_trace_in_it(runs, case: s
     ids=["projections", "rows grouped by length"],
 )
 def test_a_training_goes_on_after_a_kill_to_the_same_weights(runs, changes: dict[str, Any]):
-    whole, answer = runs.trained(changes)
-    operations = answer["operations"]
-    number = len(operations) - operations[::-1].index("rename step-00000006")
-    folder, killed = runs.trained(changes, fault=f"{number}:kill")
-    assert killed == {"exit": -9}
-    again = runs.run(folder, "train", changes=changes)
-    assert again["error"] is None
-    assert next(post["going_on_from"] for post in again["posts"] if "going_on_from" in post) == 4
+    whole, folder = runs.killed_training(changes)
     assert equal(student_weights(folder), student_weights(whole))
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from run_files import equal, points, student_weights
 from safetensors.numpy import load_file
 from small_runs import SmallRuns
-from test_training import equal, points, student_weights
 
 from raydistill.cache.shards import read_logits
 from raydistill.config.run import Config
@@ -90,7 +90,9 @@ def test_stages_take_their_features_from_one_cache(runs):
     assert {f["name"].split(".")[0] for f in manifest.facts["features"]} == {"embeddings", "hidden"}
     beside, _ = staged(runs, *stages("teacher"), **changes)
     for name, part in (("1-soft", "hidden_mse"), ("2-more", "embeddings_mse")):
-        found, expected = ([p[part] for p in points_of(place, name, "train")] for place in (folder, beside))
+        found, expected = (
+            [p[part] for p in points(place, "train", f"train/stages/{name}")] for place in (folder, beside)
+        )
         assert found == pytest.approx(expected, rel=0.01)
 
 
@@ -135,19 +137,14 @@ def test_a_generation_is_what_a_run_with_that_teacher_makes(runs, generations):
     answer = runs.run(other, "teach", "train", changes=changes)
     assert answer["error"] is None
     assert equal(student_weights(other), student_weights(folder))
-    assert points_of(folder, "2-again", "validation") == points(other, "validation")
-
-
-def points_of(folder: Path, stage: str, group: str) -> list[dict[str, Any]]:
-    lines = (folder / f"train/stages/{stage}/metrics.jsonl").read_text().splitlines()
-    return [point for point in map(json.loads, lines) if point["group"] == group]
+    assert points(folder, "validation", "train/stages/2-again") == points(other, "validation")
 
 
 def test_a_stage_with_its_own_features_begins_where_it_is_its_own_teacher(runs):
     features = {"features": [{"kind": "hidden_mse"}], "alpha": 0.5}
     own = {**SELF, "loss": features, "learning_rate": 1e-3}
     folder, _ = staged(runs, SOFT, own, **{"student": {**SIZES, "dropout": 0.0}, "train.log_every": 1})
-    first, last = (points_of(folder, "2-self", "train")[place] for place in (0, -1))
+    first, last = (points(folder, "train", "train/stages/2-self")[place] for place in (0, -1))
     assert first["hidden_mse"] == pytest.approx(0, abs=1e-10)
     assert first["kl"] < 1e-3  # what int8 rounds
     assert last["hidden_mse"] > 1e-8
@@ -193,7 +190,9 @@ def test_a_training_killed_in_any_stage_goes_on_to_the_same_student(runs, genera
     for place in ("student", "train/stages/1-soft/model"):
         assert equal(weights(folder / place), weights(whole / place))
     for stage in ("1-soft", "2-again"):
-        assert points_of(folder, stage, "validation") == points_of(whole, stage, "validation")
+        assert points(folder, "validation", f"train/stages/{stage}") == points(
+            whole, "validation", f"train/stages/{stage}"
+        )
 
 
 def test_what_is_under_way_and_what_another_setting_would_change_are_named_by_stage(runs, generations):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import points, student_weights
+from run_files import points, student_weights
 
 pytestmark = pytest.mark.xdist_group("small_runs")
 # Without dropout, which each rank draws for itself. An epoch's last batch of 54 - 48 = 6 rows is uneven over 4 parts.

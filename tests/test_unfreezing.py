@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from run_files import checkpoint_weights, equal, points, student_weights
 from safetensors.numpy import load_file
-from test_training import STEPS, checkpoint_weights, equal, points, student_weights
+from test_training import STEPS
 from tiny_models import batch, tiny
 
 from raydistill.config.run import Config

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
+from run_files import column, equal, manifest, points, student_weights
 from safetensors.numpy import load_file
 
 from raydistill.losses.objective import Objective
 from raydistill.losses.registry import RESPONSE_LOSSES
-from raydistill.record.commit import read_manifest
-from raydistill.record.store import LocalStore
 from raydistill.targets import TeacherTargets
 
 pytestmark = pytest.mark.xdist_group("small_runs")
@@ -38,33 +36,10 @@ def changes(extra: Path) -> dict[str, Any]:
     return {"data.unlabelled": [str(extra / "a.csv"), str(extra / "b.csv")]}
 
 
-def done(runs: Any, folder: Path, *stages: str, changes: dict[str, Any]) -> Path:
-    """Stages that went well, each in a process of its own: DeepSpeed trains once in a process."""
-    for stage in stages:
-        assert runs.run(folder, stage, changes=changes)["error"] is None
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(runs: Any, changes: dict[str, Any]) -> Path:
     """A run with 33 rows without a label, up to its report."""
-    return done(runs, runs.start("prepare"), "prepare", "teach", "train", "evaluate", changes=changes)
-
-
-def manifest(folder: Path, part: str) -> Any:
-    found = read_manifest(LocalStore(str(folder)), part)
-    assert found is not None
-    return found
-
-
-def column(folder: Path, split: str, name: str) -> list[Any]:
-    entries = manifest(folder, "data").shards(split)
-    return [value for e in entries for value in pq.read_table(folder / "data" / e.file)[name].to_pylist()]
-
-
-def points(folder: Path, group: str, role: str = "train") -> list[dict[str, Any]]:
-    lines = (folder / role / "metrics.jsonl").read_text().splitlines()
-    return [point for point in map(json.loads, lines) if point["group"] == group]
+    return runs.finished("prepare", "teach", "train", "evaluate", changes=changes)
 
 
 def test_they_stand_in_shards_of_their_own_behind_all_others(folder: Path, runs: Any):
@@ -110,21 +85,19 @@ def test_student_and_control_take_as_many_steps_and_the_control_sees_labelled_ro
 def test_a_control_without_unlabelled_rows_is_what_it_always_was(folder: Path, runs: Any, changes: dict[str, Any]):
     # As many epochs of the labelled rows alone as make the same number of steps: 12 of 4 steps each.
     settings = {"train.epochs": 3, "train.schedule": "constant", "train.warmup": 0.0, "train.validate_every": 6}
-    other = done(runs, runs.start("train"), "train", "evaluate", changes=settings)
+    other = runs.finished("train", "evaluate", changes=settings, folder=runs.start("train"))
     settings = {**settings, "train.epochs": 2, **changes}
-    mixed = done(runs, runs.start("prepare"), "prepare", "teach", "train", "evaluate", changes=settings)
+    mixed = runs.finished("prepare", "teach", "train", "evaluate", changes=settings)
     assert manifest(mixed, "control/model").facts["steps"] == manifest(other, "control/model").facts["steps"] == 12
     ours, theirs = (load_file(f / "control/model/model.safetensors") for f in (mixed, other))
-    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    assert equal(ours, theirs)
 
 
 def test_training_that_was_killed_goes_on_to_the_same_weights(folder: Path, runs: Any, changes: dict[str, Any]):
     killed = runs.start("prepare")
     whole = runs.run(killed, "prepare", "teach", "train", changes=changes)
     assert whole["error"] is None
-    expected = load_file(killed / "student/model.safetensors")
-    first = load_file(folder / "student/model.safetensors")
-    assert all(np.array_equal(expected[name], first[name]) for name in first)
+    assert equal(student_weights(killed), student_weights(folder))
     number = len(whole["operations"]) - whole["operations"][::-1].index("rename step-00000009")
     again = runs.start("prepare")
     answer = runs.run(again, "prepare", "teach", "train", changes=changes, fault=f"{number}:kill")
@@ -132,8 +105,7 @@ def test_training_that_was_killed_goes_on_to_the_same_weights(folder: Path, runs
     answer = runs.run(again, "prepare", "teach", "train", changes=changes)
     assert answer["error"] is None
     assert next(post["going_on_from"] for post in answer["posts"] if "going_on_from" in post) == 6
-    ours = load_file(again / "student/model.safetensors")
-    assert all(np.array_equal(expected[name], ours[name]) for name in expected)
+    assert equal(student_weights(again), student_weights(folder))
 
 
 def test_prepare_goes_on_after_a_kill_to_the_same_shards(folder: Path, runs: Any, changes: dict[str, Any]):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_training import points
+from run_files import points
 
 from raydistill.record.store import LocalStore
 from raydistill.stages.curves import WatchedCurves
