@@ -21,7 +21,8 @@ import torch
 from raydistill import adapters
 from raydistill.config.student import Lora
 from raydistill.config.training import Training
-from raydistill.engine import Engine, _import_deepspeed, deepspeed_config, parameter_groups
+from raydistill.engine import Engine, _import_deepspeed, deepspeed_config
+from raydistill.engine_base import parameter_groups
 
 STAGES = (0, 1, 2, 3)
 BATCH_ROWS = (7, 3, 7, 7)  # with two ranks and three micro-batches each, a batch of 3 leaves ranks without rows

@@ -19,7 +19,7 @@ LAYERS = (
     ("cache",),
     ("data",),
     ("models", "students", "adapters", "depths", "feature_tap", "masked_words", "taught"),
-    ("engine", "fused", "plain_engine"),
+    ("engine", "engine_base", "fused", "plain_engine"),
     ("report",),
     ("stages",),
     ("tickets", "demo"),

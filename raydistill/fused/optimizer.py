@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from raydistill.engine_base import MOMENTS
 from raydistill.fused.stack import Stack
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class MemberOptimizer:

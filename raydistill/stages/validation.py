@@ -8,17 +8,16 @@ from __future__ import annotations
 import torch
 
 from raydistill.data.loader import Batch, Split
-from raydistill.engine import Engine
+from raydistill.engine_base import EngineBase
 from raydistill.losses.multilabel import binary_cross_entropy_sum, binary_kl_sum
 from raydistill.losses.response import cross_entropy_sum, forward_kl_sum
-from raydistill.plain_engine import PlainEngine
 from raydistill.stages.ranks import all_reduce, rank_and_world
 
 VALIDATION_TOKENS = {"cpu": 2048, "cuda": 65_536}
 SCALARS = 4
 
 
-def validation_metrics(engine: Engine | PlainEngine, split: Split, *, classes: int) -> dict[str, float]:
+def validation_metrics(engine: EngineBase, split: Split, *, classes: int) -> dict[str, float]:
     """Accuracy, macro F1 and NLL; with a cache also KL to the teacher, at temperature 1, and agreement with it.
 
     Where rows have sets of labels also micro F1. Accuracy and agreement are then of whole sets, a class is predicted
@@ -58,7 +57,7 @@ def metrics_of(sums: torch.Tensor, split: Split, *, sets: bool) -> dict[str, flo
     return values | ({"kl": kl, "agreement": agreed} if split.has_teacher else {})
 
 
-def _sums(engine: Engine | PlainEngine, batch: Batch, classes: int) -> torch.Tensor:
+def _sums(engine: EngineBase, batch: Batch, classes: int) -> torch.Tensor:
     return batch_sums(engine.logits(batch.inputs), batch, classes)
 
 
