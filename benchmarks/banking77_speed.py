@@ -148,8 +148,9 @@ def student_steps(out: Path, threads: int) -> dict[str, dict]:
     from transformers import BertConfig, BertForSequenceClassification
 
     from raydistill.losses.objective import Objective
+    from raydistill.stages.cluster import Resources
     from raydistill.stages.teachers import teacher_source
-    from raydistill.stages.training_job import training_job
+    from raydistill.stages.training_job import TrainingRequest, training_job
 
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29653")
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -157,7 +158,8 @@ def student_steps(out: Path, threads: int) -> dict[str, dict]:
     config, run, _ = open_small(out)
     plan = run.plan("student")
     assert plan is not None
-    job = training_job("student", config, run, plan, teacher_source(config, run))
+    one = Resources(cpus=1, gpus=0, node_cpus=1)
+    job = training_job(TrainingRequest("student", config, run, one, teacher_source(config, run)), plan)
     job = replace(job, run_url=str(out / "scratch"), folder=f"step-{time.time():.0f}", product="step-out")
     ours = {
         "kd": Stepper(job),
@@ -237,9 +239,9 @@ class Stepper:
     """raydistill's own training worker, one step at a time."""
 
     def __init__(self, job) -> None:
-        from raydistill.stages.loop import _Worker
+        from raydistill.stages.loop import TrainingRank
 
-        self.worker = _Worker(job, lambda update: None, lambda: False)
+        self.worker = TrainingRank(job, lambda update: None, lambda: False)
         self._orders = {True: iter(()), False: iter(())}
 
     def next_places(self, by_length: bool = False) -> np.ndarray:

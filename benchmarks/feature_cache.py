@@ -35,12 +35,12 @@ from raydistill.record.commit import commit_manifest
 from raydistill.record.run import Run, open_run
 from raydistill.stages.cluster import Resources
 from raydistill.stages.feature_cache import commit_features, feature_output, features_plan
-from raydistill.stages.loop import _Worker
+from raydistill.stages.loop import TrainingRank
 from raydistill.stages.prepare import prepare, survey_sources
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import Scorer
 from raydistill.stages.teach import SPLITS, cache_plan, teacher_job, teacher_source
-from raydistill.stages.training_job import training_job, training_plan
+from raydistill.stages.training_job import TrainingRequest, training_job, training_plan
 from raydistill.tickets import CATEGORIES, write_tickets
 
 MOST = 1.10
@@ -118,10 +118,9 @@ class Stepper:
     """The project's own training worker, one step at a time."""
 
     def __init__(self, config: Config, run: Run, folder: str) -> None:
-        source = teacher_source(config, run)
-        plan = training_plan("student", config, run, RESOURCES, source)
-        job = replace(training_job("student", config, run, plan, source), folder=folder)
-        self.worker = _Worker(job, lambda update: None, lambda: False)
+        request = TrainingRequest("student", config, run, RESOURCES, teacher_source(config, run))
+        job = replace(training_job(request, training_plan(request)), folder=folder)
+        self.worker = TrainingRank(job, lambda update: None, lambda: False)
 
     def seconds(self, places: np.ndarray) -> tuple[float, float]:
         """Of the whole step, and of making its batch."""
@@ -132,7 +131,7 @@ class Stepper:
         return time.perf_counter() - started, made - started
 
 
-def bytes_per_row(worker: _Worker) -> float:
+def bytes_per_row(worker: TrainingRank) -> float:
     """Of the features that this training reads."""
     names = worker.train_split._features.names
     shards = [worker.train_split.shard(number) for number in range(len(worker.train_split.entries))]

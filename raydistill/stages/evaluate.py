@@ -34,6 +34,7 @@ from raydistill.stages.scoring import score
 from raydistill.stages.student import train_student
 from raydistill.stages.teach import teacher_job
 from raydistill.stages.teachers import is_ensemble, made_here, members, teacher_source, teacher_sources
+from raydistill.stages.training_job import TrainingRequest
 
 TIMED_ROWS = 1024
 SPLITS = ("validation", "test")
@@ -45,7 +46,8 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     data, student = run.require("data"), run.require("student")
     control = None
     if config.evaluate.control:
-        control = train_student("control", config, run, resources, progress, source=teacher_source(config, run))
+        request = TrainingRequest("control", config, run, resources, teacher_source(config, run))
+        control = train_student(request, progress)
     plan = report_plan(config, run, data, student, control)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")

@@ -8,7 +8,7 @@ from typing import Any
 from raydistill.config.run import Config
 from raydistill.config.training import DeepSpeed, Training
 from raydistill.fused.architectures import ARCHITECTURES
-from raydistill.stages.loop import EAGER_LENGTH
+from raydistill.stages.steps import EAGER_LENGTH
 
 # Settings of `train` that each member may have its own of.
 OWN = ("learning_rate", "schedule", "warmup", "weight_decay", "clip", "seed", "loss")

@@ -24,8 +24,8 @@ from raydistill.losses.stacked import Targets, stacked_losses
 from raydistill.record.store import Store, open_store
 from raydistill.stages.checkpoints import Checkpoints, State
 from raydistill.stages.job import TrainingJob, build_model, open_split
-from raydistill.stages.loop import dropout_seed, learning_rate, training_device
 from raydistill.stages.member import MemberReport, objective_at
+from raydistill.stages.steps import dropout_seed, learning_rate, training_device
 from raydistill.stages.validation import SCALARS, VALIDATION_TOKENS, batch_sums, metrics_of
 
 Metrics = dict[str, float]

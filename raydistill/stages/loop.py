@@ -7,7 +7,6 @@ was stopped at any step goes on as if it had not been.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 
 from raydistill.adapters import frozen_parameters, load_trained
-from raydistill.config.training import Training
 from raydistill.data.loader import Batch
 from raydistill.data.order import steps_per_epoch
 from raydistill.depths import parameter_depths
@@ -38,26 +36,13 @@ from raydistill.stages.curves import WatchedCurves
 from raydistill.stages.job import TrainingJob, build_model, open_split, with_features
 from raydistill.stages.meter import Meter, broken_step
 from raydistill.stages.ranks import all_reduce, barrier, from_rank_zero, in_group, rank_and_world
+from raydistill.stages.steps import EAGER_LENGTH, dropout_seed, learning_rate, not_finite, training_device
 from raydistill.stages.unfreezing import thaw_steps
 from raydistill.stages.validation import validation_metrics
 from raydistill.stages.watch import Watch, watched_part
 from raydistill.taught import STUDENT_PREFIX, TaughtStudent, student_weights
 
 LOWER_IS_BETTER = ("nll", "kl")
-# torch's fused attention is slower than the plain one in training on a CPU: by a tenth with dropout, by half without.
-# It saves memory where rows are long.
-EAGER_LENGTH = 512
-
-
-def learning_rate(settings: Training, step: int, total: int) -> float:
-    """The learning rate of a step counted from 0: linear warm-up, then the schedule down to 0 (constant stays)."""
-    warm = int(total * settings.warmup)
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    done = (step - warm) / max(1, total - warm)
-    if settings.schedule == "cosine":
-        return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-    return settings.learning_rate * (1 - done if settings.schedule == "linear" else 1)
 
 
 def run_training(
@@ -69,15 +54,15 @@ def run_training(
     DeepSpeed. Rank 0 writes checkpoints, curves and the finished model, and posts
     progress. Raises UserError, on every rank alike, for a loss that is not finite.
     """
-    worker = _Worker(job, post, stopped)
+    rank = TrainingRank(job, post, stopped)
     try:
-        return worker.train()
+        return rank.train()
     finally:
-        worker.close()
+        rank.close()
 
 
-class _Worker:
-    """One rank of a training."""
+class TrainingRank:
+    """One rank of a training. `train` goes to its end, `validations` from one validation to the next."""
 
     def __init__(self, job: TrainingJob, post: Callable[[dict[str, Any]], None], stopped: Callable[[], bool]) -> None:
         self.job, self.settings = job, job.settings
@@ -330,23 +315,3 @@ class _Worker:
             self.teacher.close()
         if isinstance(self.model, TaughtStudent):
             self.model.close()
-
-
-def not_finite(job: TrainingJob, step: int) -> str:
-    """What is said of a training whose loss at a step is not finite."""
-    return (
-        f"{job.title} training: the loss at step {step} is not finite. Lower {job.section}.learning_rate,"
-        f" or set {job.section.partition('.stages')[0]}.precision=fp32"
-    )
-
-
-def dropout_seed(seed: int, step: int, rank: int) -> int:
-    """What torch is seeded with before a step, counted from 0, on a rank."""
-    return (seed * 1_000_003 + step) * 4099 + rank
-
-
-def training_device() -> torch.device:
-    """Where this process trains."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())

@@ -14,8 +14,8 @@ from raydistill.losses.term_gradients import gradient_squares
 from raydistill.record.store import Store
 from raydistill.stages.curves import WatchedCurves
 from raydistill.stages.job import TrainingJob
-from raydistill.stages.loop import not_finite
 from raydistill.stages.meter import Meter, broken_step
+from raydistill.stages.steps import not_finite
 from raydistill.stages.watch import Watch, watched_part
 
 

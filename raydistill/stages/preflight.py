@@ -35,7 +35,7 @@ from raydistill.stages.teachers import (
     teacher_source,
     trainings,
 )
-from raydistill.stages.training_job import settings_of, training_plan
+from raydistill.stages.training_job import TrainingRequest, settings_of, training_plan
 from raydistill.stages.training_stages import TrainingStage, training_stages
 from raydistill.stages.unfreezing import check_unfreezing
 from raydistill.stages.winner import winning_config
@@ -167,9 +167,9 @@ def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Re
             return  # what the student is trained with is not known yet
         config = winning_config(config, run)
     if "train" in stages and made:
-        run.check("student", training_plan("student", config, run, resources, teacher))
+        run.check("student", training_plan(TrainingRequest("student", config, run, resources, teacher)))
     if "evaluate" in stages and config.evaluate.control:
-        run.check("control", training_plan("control", config, run, resources, teacher))
+        run.check("control", training_plan(TrainingRequest("control", config, run, resources, teacher)))
 
 
 def _check_teachers(config: Config, run: Run, stages: tuple[str, ...], data: Manifest, resources: Resources) -> bool:
@@ -179,9 +179,9 @@ def _check_teachers(config: Config, run: Run, stages: tuple[str, ...], data: Man
         run.check("folds", folds_plan(config, data))
     for one in found if "teach" in stages else ():
         asked = config_of(config, one.member)
-        source, fold = one.member.start, one.without_fold
-        plan = training_plan("teacher", asked, run, resources, source, part=one.part, without_fold=fold)
-        run.check(one.part, plan)
+        source = one.member.start
+        request = TrainingRequest("teacher", asked, run, resources, source, one.part, one.without_fold)
+        run.check(one.part, training_plan(request))
     return all(run.complete(one.part) is not None for one in found)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from raydistill.config.run import Config
 from raydistill.models import ModelSource, model_identity
 from raydistill.record.commit import Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
@@ -20,33 +19,31 @@ from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import score
 from raydistill.stages.teach import SPLITS, teacher_job
 from raydistill.stages.trainer import begin_training, fit, result, train_model
-from raydistill.stages.training_job import training_job
+from raydistill.stages.training_job import TrainingRequest, training_job
 from raydistill.stages.training_stages import TrainingStage, training_stages
 
 FACTS = ("metric", "value", "step", "steps", "seconds")
 
 
-def train_student(
-    role: str, config: Config, run: Run, resources: Resources, progress: Progress, *, source: ModelSource
-) -> Manifest:
+def train_student(request: TrainingRequest, progress: Progress) -> Manifest:
     """Trains the student or its control, stage by stage; the manifest of its folder.
 
     Raises what `train_model` and `score` raise.
     """
-    if config.train.stages is None:
-        return train_model(role, config, run, resources, progress, source=source)
-    plan, manifest = begin_training(role, config, run, resources, progress, source=source, part=role)
+    if request.config.train.stages is None:
+        return train_model(request, progress)
+    plan, manifest = begin_training(request, progress)
     if manifest is not None:
         return manifest
     before: list[tuple[TrainingStage, Manifest]] = []
-    for stage in training_stages(role, config):
-        manifest = read_manifest(run.store, stage.product)
+    for stage in training_stages(request.role, request.config):
+        manifest = read_manifest(request.run.store, stage.product)
         if manifest is None or manifest.fingerprint != plan.fingerprint:
-            job = _job(stage, run, plan, source, before)
+            job = _job(request, stage, plan, before)
             if stage.own_teacher:
-                _score_with_previous(stage, run, plan, before[-1][0], resources, progress)
-            fit(job, resources, progress)
-            manifest = read_manifest(run.store, stage.product)
+                _score_with_previous(stage, request.run, plan, before[-1][0], request.resources, progress)
+            fit(job, request.resources, progress)
+            manifest = read_manifest(request.run.store, stage.product)
             assert manifest is not None
         progress.say(f"{stage.title}: {result(manifest)}, {manifest.facts['parameters']:,} parameters")
         before.append((stage, manifest))
@@ -54,10 +51,11 @@ def train_student(
 
 
 def _job(
-    stage: TrainingStage, run: Run, plan: Plan, source: ModelSource, before: list[tuple[TrainingStage, Manifest]]
+    request: TrainingRequest, stage: TrainingStage, plan: Plan, before: list[tuple[TrainingStage, Manifest]]
 ) -> TrainingJob:
     """The stage as what a worker is sent."""
-    job = training_job(stage.role, stage.config, run, plan, source, stage=stage)
+    run = request.run
+    job = training_job(replace(request, config=stage.config, stage=stage), plan)
     made = {s.name: {name: manifest.facts[name] for name in FACTS} for s, manifest in before}
     job = replace(
         job, title=stage.title, section=stage.section, folder=stage.folder, product=stage.product, stages_before=made

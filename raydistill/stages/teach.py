@@ -33,6 +33,7 @@ from raydistill.stages.teachers import (
     trainings,
 )
 from raydistill.stages.trainer import train_model
+from raydistill.stages.training_job import TrainingRequest
 
 SPLITS = ("train", "validation", "unlabelled", "augmented")  # one that the data do not have adds nothing
 
@@ -80,10 +81,9 @@ def _train_teachers(config: Config, run: Run, resources: Resources, progress: Pr
     if config.teacher.cross_fit is not None:
         make_folds(config, run, progress)
     for one in trainings(config):
-        train_model(
-            "teacher", config_of(config, one.member), run, resources, progress,
-            source=one.member.start, part=one.part, without_fold=one.without_fold,
-        )  # fmt: skip
+        asked, source = config_of(config, one.member), one.member.start
+        request = TrainingRequest("teacher", asked, run, resources, source, one.part, one.without_fold)
+        train_model(request, progress)
 
 
 def _commit_features(run: Run, output: FeatureOutput, entries: list[Entry], progress: Progress) -> None:

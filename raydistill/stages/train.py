@@ -9,6 +9,7 @@ from raydistill.stages.cluster import Resources
 from raydistill.stages.progress import Progress
 from raydistill.stages.student import train_student
 from raydistill.stages.teachers import teacher_source
+from raydistill.stages.training_job import TrainingRequest
 
 
 def train(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
@@ -17,4 +18,4 @@ def train(config: Config, run: Run, resources: Resources, progress: Progress) ->
     run.require("cache")
     if config.train.caches_features:
         run.require("features")
-    return train_student("student", config, run, resources, progress, source=teacher_source(config, run))
+    return train_student(TrainingRequest("student", config, run, resources, teacher_source(config, run)), progress)

@@ -8,12 +8,9 @@ import time
 import uuid
 from typing import Any
 
-from raydistill.config.run import Config
 from raydistill.errors import Interrupted, UserError, storage_problem
-from raydistill.models import ModelSource
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
-from raydistill.record.run import Run
 from raydistill.record.store import open_store
 from raydistill.stages.cluster import (
     Resources,
@@ -26,62 +23,37 @@ from raydistill.stages.cluster import (
 from raydistill.stages.job import TrainingJob
 from raydistill.stages.loop import run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
-from raydistill.stages.training_job import settings_of, training_job, training_plan
+from raydistill.stages.training_job import TrainingRequest, training_job, training_plan
 
 POLL_SECONDS = 0.2
 STOP_POLL_SECONDS = 0.5
 
 
-def train_model(
-    role: str,
-    config: Config,
-    run: Run,
-    resources: Resources,
-    progress: Progress,
-    *,
-    source: ModelSource,
-    part: str = "",
-    without_fold: int | None = None,
-) -> Manifest:
+def train_model(request: TrainingRequest, progress: Progress) -> Manifest:
     """Trains a teacher, the student or its control, and writes it in Hugging Face form; the manifest of its folder.
 
-    `part` is the part of the run that it becomes, where that is not named as its role; a teacher may be trained without
-    a fold of train. What stands complete for the same inputs is kept; a training that was stopped goes on from its last
-    checkpoint. Raises UserError for what the user can mend, Interrupted after a signal, with the state saved.
+    What stands complete for the same inputs is kept; a training that was stopped goes on from its last checkpoint.
+    Raises UserError for what the user can mend, Interrupted after a signal, with the state saved.
     """
-    part = part or role
-    plan, manifest = begin_training(
-        role, config, run, resources, progress, source=source, part=part, without_fold=without_fold
-    )
+    plan, manifest = begin_training(request, progress)
     if manifest is None:
-        fit(training_job(role, config, run, plan, source, part=part, without_fold=without_fold), resources, progress)
-        manifest = run.require(part)
-        progress.say(f"{part}: {result(manifest)}, {manifest.facts['parameters']:,} parameters")
+        fit(training_job(request, plan), request.resources, progress)
+        manifest = request.run.require(request.name)
+        progress.say(f"{request.name}: {result(manifest)}, {manifest.facts['parameters']:,} parameters")
     return manifest
 
 
-def begin_training(
-    role: str,
-    config: Config,
-    run: Run,
-    resources: Resources,
-    progress: Progress,
-    *,
-    source: ModelSource,
-    part: str,
-    without_fold: int | None = None,
-) -> tuple[Plan, Manifest | None]:
+def begin_training(request: TrainingRequest, progress: Progress) -> tuple[Plan, Manifest | None]:
     """Checks a training against the cluster and opens its part of the run: its plan, its manifest when it is complete.
 
     Raises UserError when it does not fit, or stands there for another plan.
     """
-    settings, section = settings_of(config, role)
-    share_for_training(resources, settings, section)
-    plan = training_plan(role, config, run, resources, source, part=part, without_fold=without_fold)
-    if (manifest := run.begin(part, plan)) is not None:
-        progress.say(f"{part}: complete, {result(manifest)}")
+    share_for_training(request.resources, request.settings, request.section)
+    plan = training_plan(request)
+    if (manifest := request.run.begin(request.name, plan)) is not None:
+        progress.say(f"{request.name}: complete, {result(manifest)}")
     else:
-        check_precision(resources, plan.inputs["precision"], section)
+        check_precision(request.resources, plan.inputs["precision"], request.section)
     return plan, manifest
 
 

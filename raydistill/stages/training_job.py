@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raydistill.config.loss import KINDS_OF_SETS, LOSS_PARAMETERS, WITHOUT_TEMPERATURE, Loss
@@ -26,6 +26,34 @@ from raydistill.stages.training_stages import TrainingStage, stage_inputs
 from raydistill.students.build import needs_rows
 
 
+@dataclass(frozen=True)
+class TrainingRequest:
+    """A training that a stage asks for, or one stage of a student's."""
+
+    role: str  # teacher, student or control
+    config: Config
+    run: Run
+    resources: Resources
+    source: ModelSource  # what the model is built from
+    part: str = ""  # of the run that it becomes, where that is not named as the role
+    without_fold: int | None = None  # of train, that a teacher leaves out
+    stage: TrainingStage | None = None  # whose settings `config` has then
+
+    @property
+    def name(self) -> str:
+        """Of the part of the run."""
+        return self.part or self.role
+
+    @property
+    def settings(self) -> Training:
+        return settings_of(self.config, self.role)[0]
+
+    @property
+    def section(self) -> str:
+        """Where its settings stand."""
+        return settings_of(self.config, self.role)[1]
+
+
 def settings_of(config: Config, role: str) -> tuple[Training, str]:
     """The settings of a training and the section that they stand in."""
     if role == "teacher":
@@ -34,43 +62,40 @@ def settings_of(config: Config, role: str) -> tuple[Training, str]:
     return config.train, "train"
 
 
-def training_plan(
-    role: str,
-    config: Config,
-    run: Run,
-    resources: Resources,
-    source: ModelSource,
-    *,
-    part: str = "",
-    without_fold: int | None = None,
-) -> Plan:
+def training_plan(request: TrainingRequest) -> Plan:
     """Everything that determines a training's result."""
-    settings, section = settings_of(config, role)
+    role, config, run, settings = request.role, request.config, request.run, request.settings
     inputs: dict[str, Any] = {"data": run.require("data").fingerprint, "data.max_length": config.data.max_length}
     if role == "teacher":
-        inputs["teacher.model"] = model_identity(source.folder())
-        if without_fold is not None:
+        inputs["teacher.model"] = model_identity(request.source.folder())
+        if request.without_fold is not None:
             folds = folds_plan(config, run.require("data")).fingerprint
-            inputs |= {"teacher.folds": folds, "without_fold": without_fold}
+            inputs |= {"teacher.folds": folds, "without_fold": request.without_fold}
     else:
-        inputs |= student_inputs(config, source)
+        inputs |= student_inputs(config, request.source)
     if role == "student":
-        inputs["cache"] = run.require("cache").fingerprint
-        if config.teacher.calibrate:
-            inputs["teacher.calibrate"] = calibration_plan(run).fingerprint
-        if config.teacher.features_of is not None:
-            inputs["teacher.features_of"] = config.teacher.features_of
-        if config.train.caches_features:
-            inputs["features"] = run.require("features").fingerprint
+        inputs |= _taught_inputs(config, run)
     skip = ("precision", "loss") if role == "control" else ("precision",)
     if isinstance(settings, Train) and settings.stages is not None:
-        inputs[f"{section}.stages"] = stage_inputs(role, config)
+        inputs[f"{request.section}.stages"] = stage_inputs(role, config)
     else:
-        inputs |= {f"{section}.{name}": value for name, value in identity(settings, skip=skip).items()}
+        inputs |= {f"{request.section}.{name}": value for name, value in identity(settings, skip=skip).items()}
         if role == "control":
-            inputs[f"{section}.loss.label_smoothing"] = config.train.loss.label_smoothing
-    inputs["precision"] = resolve_precision(settings, run.plan(part or role), resources)
+            inputs[f"{request.section}.loss.label_smoothing"] = config.train.loss.label_smoothing
+    inputs["precision"] = resolve_precision(settings, run.plan(request.name), request.resources)
     return Plan(role, inputs)
+
+
+def _taught_inputs(config: Config, run: Run) -> dict[str, Any]:
+    """What determines a student's targets."""
+    inputs: dict[str, Any] = {"cache": run.require("cache").fingerprint}
+    if config.teacher.calibrate:
+        inputs["teacher.calibrate"] = calibration_plan(run).fingerprint
+    if config.teacher.features_of is not None:
+        inputs["teacher.features_of"] = config.teacher.features_of
+    if config.train.caches_features:
+        inputs["features"] = run.require("features").fingerprint
+    return inputs
 
 
 def student_inputs(config: Config, teacher: ModelSource) -> dict[str, Any]:
@@ -110,43 +135,32 @@ def resolve_precision(settings: Training, standing: Plan | None, resources: Reso
     return "bf16" if gains_from_bf16(resources) else "fp32"
 
 
-def training_job(
-    role: str,
-    config: Config,
-    run: Run,
-    plan: Plan,
-    source: ModelSource,
-    *,
-    part: str = "",
-    without_fold: int | None = None,
-    stage: TrainingStage | None = None,
-) -> TrainingJob:
+def training_job(request: TrainingRequest, plan: Plan) -> TrainingJob:
     """The plan, or one stage of it, as what a worker is sent."""
-    settings, section = settings_of(config, role)
-    part, response = part or role, response_kind("forward_kl", config.task)
+    role, config, run, source, settings = request.role, request.config, request.run, request.source, request.settings
+    part, response = request.name, response_kind("forward_kl", config.task)
     objective, courses = Objective(kind=response), {}
     if isinstance(settings, Train):
         smoothing = settings.loss.label_smoothing
         objective = Objective(kind=response, label_smoothing=smoothing)
         if role == "student":
-            objective = replace(
-                student_objective(settings.loss, config.task), features=feature_terms(config, source.folder(), stage)
-            )
+            features = feature_terms(config, source.folder(), request.stage)
+            objective = replace(student_objective(settings.loss, config.task), features=features)
             courses = loss_courses(settings.loss)
     # A control has no teacher, in its choice of checkpoint neither.
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
-    data = run.require("data")
+    data, fold = run.require("data"), request.without_fold
     counted = data.shards(*(LABELLED_SPLITS if role == "teacher" else STUDENT_SPLITS))
-    rows = None if without_fold is None else FoldRows(run.home("folds").root, without_fold, inside=False)
+    rows = None if fold is None else FoldRows(run.home("folds").root, fold, inside=False)
     epoch_rows = (
         sum(e.rows for e in counted) if rows is None else sum(map(rows.open().count, (e.file for e in counted)))
     )
     return TrainingJob(
-        role=role, title=part, section=section, config=config, settings=settings, objective=objective, metric=metric,
-        precision=plan.inputs["precision"], labels=tuple(data.facts["labels"]), fingerprint=plan.fingerprint,
-        run_url=run.store.root, data_url=run.home("data").root, uses_cache=role == "student",
-        splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS, epoch_rows=epoch_rows,
-        source=source, start=start_fingerprint(role, config, run, source),
+        role=role, title=part, section=request.section, config=config, settings=settings, objective=objective,
+        metric=metric, precision=plan.inputs["precision"], labels=tuple(data.facts["labels"]),
+        fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
+        uses_cache=role == "student", splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS,
+        epoch_rows=epoch_rows, source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
         beside=feature_source(config, run) if objective.features and config.teacher.features_of else None,
         unfreeze=settings.unfreeze if isinstance(settings, Train) else None,

@@ -21,9 +21,9 @@ from raydistill.stages.checkpoints import Checkpoints, State
 from raydistill.stages.cluster import Resources
 from raydistill.stages.curves import read_curves
 from raydistill.stages.job import TrainingJob
-from raydistill.stages.loop import _Worker
+from raydistill.stages.loop import TrainingRank
 from raydistill.stages.search_rows import rows_plan
-from raydistill.stages.training_job import training_job, training_plan
+from raydistill.stages.training_job import TrainingRequest, training_job, training_plan
 
 FOLDER = "tune/trials"
 ROUNDED = 6  # digits of metrics
@@ -54,23 +54,29 @@ class Trials:
         often = {"validate_every": None, "patience": None, "checkpoint_every": None}
         return config.model_copy(update={"train": config.train.model_copy(update=alone | often)})
 
+    def _request(self, point: Point) -> TrainingRequest:
+        return TrainingRequest("student", self.config_of(point), self.run, self.resources, self.source, "tune")
+
     def plan(self, point: Point) -> Plan:
         """Everything that determines what a trial reaches."""
-        config = self.config_of(point)
-        plan = training_plan("student", config, self.run, self.resources, self.source, part="tune")
+        plan = training_plan(self._request(point))
         rows = rows_plan(self.config, self.run).fingerprint if self.rows else None
         return Plan("trial", {**plan.inputs, "rows": rows})
 
     def job(self, number: int, point: Point) -> TrainingJob:
         """The trial as what a worker is sent."""
-        config, plan = self.config_of(point), self.plan(point)
-        job = training_job("student", config, self.run, plan, self.source)
+        job, folder = training_job(self._request(point), self.plan(point)), trial_folder(number, point)
         epoch_rows = job.epoch_rows
         if self.rows is not None:
             share = self.rows.open()
             epoch_rows = sum(share.count(entry.file) for entry in share.manifest.files)
         return replace(
-            job, title=f"trial {number}", folder=trial_folder(number, point), rows=self.rows, epoch_rows=epoch_rows
+            job,
+            title=f"trial {number}",
+            folder=folder,
+            product=f"{folder}/model",
+            rows=self.rows,
+            epoch_rows=epoch_rows,
         )
 
 
@@ -78,7 +84,7 @@ class TrialTraining:
     """A trial under way. `step` trains an epoch; what it gives has the metrics of every epoch so far."""
 
     def __init__(self, job: TrainingJob) -> None:
-        self._job, self._worker, self._failed = job, None, ""
+        self._job, self._rank, self._failed = job, None, ""
         self._curve: list[dict[str, float]] = []
         self._is_new = True
 
@@ -99,10 +105,10 @@ class TrialTraining:
             return self._outcome(failed=f"{kind}{reason}")
 
     def _step(self) -> dict[str, Any]:
-        if self._worker is None:
-            self._worker = _Worker(self._job, lambda update: None, lambda: False)
-            self._validations = self._worker.validations()
-            self._curve = committed_curve(open_store(self._job.run_url), self._job.folder, self._worker.state.step)
+        if self._rank is None:
+            self._rank = TrainingRank(self._job, lambda update: None, lambda: False)
+            self._validations = self._rank.validations()
+            self._curve = committed_curve(open_store(self._job.run_url), self._job.folder, self._rank.state.step)
         if not (self._is_new and self._curve):
             values = next(self._validations, None)
             if values is not None:
@@ -111,7 +117,7 @@ class TrialTraining:
         return self._outcome()
 
     def _outcome(self, *, failed: str = "", problem: str = "") -> dict[str, Any]:
-        state = self._worker.state if self._worker is not None else None
+        state = self._rank.state if self._rank is not None else None
         latest = self._curve[-1] if self._curve else {}
         done = bool(failed or problem) or len(self._curve) >= self._job.settings.epochs
         return {
@@ -121,12 +127,12 @@ class TrialTraining:
 
     def close(self) -> None:
         """Lets go. All that counts was saved with the last checkpoint, and another process may have gone on from it."""
-        if self._worker is not None:
-            if self._worker.curves:
-                self._worker.curves.leave()
-                self._worker.curves = None
-            self._worker.close()
-            self._worker = None
+        if self._rank is not None:
+            if self._rank.curves:
+                self._rank.curves.leave()
+                self._rank.curves = None
+            self._rank.close()
+            self._rank = None
 
 
 def committed_curve(store: Store, folder: str, step: int) -> list[dict[str, float]]:

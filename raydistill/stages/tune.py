@@ -25,7 +25,7 @@ from raydistill.stages.search_report import search_facts
 from raydistill.stages.search_rows import draw_rows
 from raydistill.stages.search_tables import table_files, write_hparams
 from raydistill.stages.teachers import teacher_source
-from raydistill.stages.training_job import training_plan
+from raydistill.stages.training_job import TrainingRequest, training_plan
 from raydistill.stages.trial import Trials
 from raydistill.stages.trial_runs import run_trials
 
@@ -60,7 +60,7 @@ def tune(config: Config, run: Run, resources: Resources, progress: Progress) -> 
 def tune_plan(config: Config, run: Run, resources: Resources) -> Plan:
     """Everything that determines a search, but for how many trials it has."""
     assert config.tune is not None
-    plan = training_plan("student", config, run, resources, teacher_source(config, run), part="tune")
+    plan = training_plan(TrainingRequest("student", config, run, resources, teacher_source(config, run), "tune"))
     settings = {f"tune.{name}": value for name, value in identity(config.tune, skip=("space",)).items()}
     space = {f"tune.space.{name}": _dimension(d) for name, d in config.tune.space.items()}
     return Plan("tune", {**plan.inputs, **settings, **space})

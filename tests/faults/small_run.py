@@ -195,10 +195,9 @@ def train_fused(request: dict[str, Any], record: Record) -> None:
         settings = config(folder, source, changes)
         run, resources = open_run(settings.storage, settings.name), Resources(cpus=1, gpus=0, node_cpus=1)
         teacher = teachers.teacher_source(settings, run)
-        plan = training_job.training_plan("student", settings, run, resources, teacher)
-        jobs[name] = replace(
-            training_job.training_job("student", settings, run, plan, teacher), folder=f"tune/trials/{name}"
-        )
+        asked = training_job.TrainingRequest("student", settings, run, resources, teacher)
+        plan = training_job.training_plan(asked)
+        jobs[name] = replace(training_job.training_job(asked, plan), folder=f"tune/trials/{name}")
     group = fused.FusedGroup(
         jobs, folder="tune/group", fingerprint=digest({name: job.fingerprint for name, job in jobs.items()}),
         post=lambda name, update: record.posts.append({"member": name, **update}),
