@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,29 +36,19 @@ SCHEMA = pa.schema(
 )
 
 
-class ShardWriter:
+class RowWriter:
     """Takes the rows of one split in order and commits a shard whenever one is full; keeps those that stand.
 
-    classes: how many bytes a row's labels have, where rows have sets of labels.
+    The schema's first column is row_id, which is counted here; the others are what is added.
     """
 
     def __init__(
-        self,
-        store: Store,
-        split: str,
-        *,
-        first_row_id: int,
-        shard_rows: int,
-        fingerprint: str,
-        classes: int | None = None,
+        self, store: Store, split: str, *, first_row_id: int, shard_rows: int, fingerprint: str, schema: pa.Schema
     ) -> None:
-        label = SCHEMA.get_field_index("label")
-        self._schema = SCHEMA
-        if classes is not None:
-            self._schema = SCHEMA.set(label, pa.field("label", pa.binary(classes), nullable=False))
+        self._schema = schema
         self._store, self._split, self._fingerprint = store, split, fingerprint
         self._next_row_id, self._shard_rows = first_row_id, shard_rows
-        self._rows: list[tuple[str, int | bytes, int, int]] = []
+        self._rows: list[tuple[Any, ...]] = []
         self.entries: list[Entry] = []
 
     def keep_standing(self) -> int:
@@ -68,8 +59,8 @@ class ShardWriter:
             self._next_row_id += entry.rows
         return sum(entry.rows for entry in self.entries)
 
-    def add(self, row: Row, label: int | bytes) -> None:
-        self._rows.append((row.text, label, row.file, row.number))
+    def add_values(self, values: tuple[Any, ...]) -> None:
+        self._rows.append(values)
         if len(self._rows) == self._shard_rows:
             self._commit()
 
@@ -100,6 +91,30 @@ class ShardWriter:
         with naming(staged):
             pq.write_table(table, staged, compression="zstd", write_page_checksum=True, store_schema=False)
         return commit_shard(self._store, staged, name, rows=len(self._rows), fingerprint=self._fingerprint)
+
+
+class ShardWriter(RowWriter):
+    """A RowWriter of texts with labels. classes: how many bytes a row's labels have, where rows have sets of labels."""
+
+    def __init__(
+        self,
+        store: Store,
+        split: str,
+        *,
+        first_row_id: int,
+        shard_rows: int,
+        fingerprint: str,
+        classes: int | None = None,
+    ) -> None:
+        label, schema = SCHEMA.get_field_index("label"), SCHEMA
+        if classes is not None:
+            schema = SCHEMA.set(label, pa.field("label", pa.binary(classes), nullable=False))
+        super().__init__(
+            store, split, first_row_id=first_row_id, shard_rows=shard_rows, fingerprint=fingerprint, schema=schema
+        )
+
+    def add(self, row: Row, label: int | bytes) -> None:
+        self.add_values((row.text, label, row.file, row.number))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from raydistill.errors import UserError, first_line
 
 Reason = Literal[
     "empty text", "null text", "text is not text", "over max_row_bytes", "null label", "label is not a name",
-    "malformed",
+    "malformed", "no token to learn from",
 ]  # fmt: skip
 PARQUET_BATCH_ROWS = 1024
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
@@ -56,6 +56,24 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Fields:
+    """The columns to read, each with the setting that names it; the first `texts` of them hold texts."""
+
+    columns: tuple[tuple[str, str], ...]
+    texts: int
+    delimiter: str
+    max_row_bytes: int
+
+    @property
+    def names(self) -> list[str]:
+        return [name for _, name in self.columns]
+
+    @property
+    def settings(self) -> str:
+        return ", ".join(setting for setting, _ in self.columns)
+
+
+@dataclass(frozen=True)
 class Columns:
     """Which columns to read, and the limits on what is in them.
 
@@ -71,8 +89,9 @@ class Columns:
     separator: str | None = None
 
     @property
-    def names(self) -> list[str]:
-        return [self.text] if self.label is None else [self.text, self.label]
+    def fields(self) -> Fields:
+        columns = (("data.text", self.text), *(() if self.label is None else (("data.label", self.label),)))
+        return Fields(columns, 1, self.delimiter, self.max_row_bytes)
 
 
 @dataclass(frozen=True)
@@ -158,24 +177,33 @@ def _sha256(setting: str, path: str) -> str:
 
 def read_rows(source: Source, columns: Columns) -> Iterator[Row | Dropped]:
     """Every row of the source in order. Raises UserError for a file that cannot be used at all."""
-    readers: dict[str, Callable[[str, str, Columns], Iterator[tuple[Any, Any] | None]]] = {
+    for file, number, values in read_values(source, columns.fields):
+        yield _row(values, file, number, columns)
+
+
+def read_values(source: Source, fields: Fields) -> Iterator[tuple[int, int, tuple[Any, ...] | None]]:
+    """(file, row, values of the columns) of every row in order; None for one that is malformed.
+
+    Raises UserError for a file that cannot be used at all.
+    """
+    readers: dict[str, Callable[[str, str, Fields], Iterator[tuple[Any, ...] | None]]] = {
         "csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub,
     }  # fmt: skip
-    for number, path in enumerate(source.files):
+    for file, path in enumerate(source.files):
         try:
-            for index, values in enumerate(readers[kind_of(source.setting, path)](source.setting, path, columns), 1):
-                yield _row(values, number, index, columns)
+            for number, values in enumerate(readers[kind_of(source.setting, path)](source.setting, path, fields), 1):
+                yield file, number, values
         except UnicodeDecodeError as error:
             raise UserError(f"{source.setting}: {path}: is not UTF-8 ({error.reason}). Save it as UTF-8") from None
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{source.setting}: {path}: cannot be read ({first_line(error)}). Check the file") from None
 
 
-def _row(values: tuple[Any, Any] | None, file: int, number: int, columns: Columns) -> Row | Dropped:
+def _row(values: tuple[Any, ...] | None, file: int, number: int, columns: Columns) -> Row | Dropped:
     """The rules for single rows, each with its reason."""
     if values is None:
         return Dropped("malformed", file, number)
-    text, value = values
+    text, value = values[0], values[-1]
     if text is None:
         return Dropped("null text", file, number)
     if not isinstance(text, str):
@@ -199,9 +227,9 @@ def _row(values: tuple[Any, Any] | None, file: int, number: int, columns: Column
     return Row(text, label, file, number)
 
 
-def _read_csv(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
-    delimiter = "\t" if kind_of(setting, path) == "tsv" else columns.delimiter
-    csv.field_size_limit(max(columns.max_row_bytes * 4, 1 << 17))
+def _read_csv(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ...] | None]:
+    delimiter = "\t" if kind_of(setting, path) == "tsv" else fields.delimiter
+    csv.field_size_limit(max(fields.max_row_bytes * 4, 1 << 17))
     with _open_text(path) as file:
         reader = csv.reader(_lines(file), delimiter=delimiter, strict=True)
         try:
@@ -209,41 +237,36 @@ def _read_csv(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, 
         except csv.Error as error:
             raise UserError(f"{setting}: {path}: the header is not CSV ({error}). Check the file") from None
         if not header:
-            like = ",".join(columns.names)
+            like = ",".join(fields.names)
             raise UserError(f"{setting}: {path}: begins with no header. Its first line must be like {like}")
-        _check_columns(setting, path, header, columns)
-        places = [header.index(name) for name in columns.names]
+        _check_columns(setting, path, header, fields)
+        places = [header.index(name) for name in fields.names]
         while True:
             line = reader.line_num
             try:
-                fields = next(reader)
+                cells = next(reader)
             except StopIteration:
                 return
             except csv.Error:
                 # A quote that is not closed swallows the lines up to the next one: every one of them is lost.
                 yield from [None] * (reader.line_num - line)
                 continue
-            if fields:
-                yield _pair([fields[place] for place in places]) if len(fields) == len(header) else None
+            if cells:
+                yield tuple(cells[place] for place in places) if len(cells) == len(header) else None
 
 
-def _pair(values: list[Any]) -> tuple[Any, Any]:
-    """A row's text and label; None for the label where no column holds one."""
-    return values[0], values[1] if len(values) > 1 else None
-
-
-def _check_columns(setting: str, path: str, names: list[str], columns: Columns) -> None:
+def _check_columns(setting: str, path: str, names: list[str], fields: Fields) -> None:
     """Raises UserError when a column that is asked for is not there, or there twice."""
-    for name in columns.names:
+    for name in fields.names:
         if names.count(name) > 1:
             raise UserError(f"{setting}: {path}: has {names.count(name)} columns named {name!r}. Rename all but one")
         if name not in names:
             listed = ", ".join(repr(n[:40]) for n in names[:12]) or "none"
-            remedy = "Set data.text, data.label or data.delimiter"
+            remedy = f"Set {fields.settings} or data.delimiter"
             raise UserError(f"{setting}: {path}: has no column {name!r}, it has {listed}. {remedy}")
 
 
-def _read_jsonl(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
+def _read_jsonl(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ...] | None]:
     is_first = True
     with _open_text(path) as file:
         for line in _lines(file):
@@ -256,29 +279,31 @@ def _read_jsonl(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any
             except (ValueError, RecursionError):
                 value = None
             if is_first and isinstance(value, dict):
-                _check_columns(setting, path, list(value), columns)
+                _check_columns(setting, path, list(value), fields)
             is_first = False
-            yield _pair([value.get(name) for name in columns.names]) if isinstance(value, dict) else None
+            yield tuple(value.get(name) for name in fields.names) if isinstance(value, dict) else None
 
 
-def _read_parquet(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
+def _read_parquet(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ...] | None]:
     with _open(path) as file, pq.ParquetFile(file) as parquet:
         schema = parquet.schema_arrow
-        _check_columns(setting, path, schema.names, columns)
-        kind = schema.field(columns.text).type
-        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if plain not in TEXT_TYPES:
-            raise UserError(f"{setting}: {path}: column {columns.text!r} holds {kind}, expected text. Set data.text")
-        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=columns.names, use_threads=False):
-            held = [batch.column(name).to_pylist() for name in columns.names]
-            yield from (_pair(list(values)) for values in zip(*held, strict=True))
+        _check_columns(setting, path, schema.names, fields)
+        for named_by, name in fields.columns[: fields.texts]:
+            kind = schema.field(name).type
+            plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if plain not in TEXT_TYPES:
+                what = f"column {name!r} holds {kind}, expected text"
+                raise UserError(f"{setting}: {path}: {what}. Set {named_by}")
+        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=fields.names, use_threads=False):
+            held = [batch.column(name).to_pylist() for name in fields.names]
+            yield from zip(*held, strict=True)
 
 
-def _read_hub(setting: str, path: str, columns: Columns) -> Iterator[tuple[Any, Any] | None]:
+def _read_hub(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ...] | None]:
     for index, row in enumerate(hub_rows(setting, path)):
         if index == 0:
-            _check_columns(setting, path, list(row), columns)
-        yield _pair([row[name] for name in columns.names])
+            _check_columns(setting, path, list(row), fields)
+        yield tuple(row[name] for name in fields.names)
 
 
 def _open(path: str) -> IO[bytes]:
