@@ -78,12 +78,17 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, redo: Redo = None)
 @app.command()
 def demo(
     storage: Annotated[Path, typer.Option(help="folder for the demo's input and run")] = Path("runs"),
+    task: Annotated[str, typer.Option(help="classification, or causal_lm for language models")] = "classification",
 ) -> None:
-    """The whole way on generated support tickets: CPU only, no network, about three minutes."""
+    """The whole way on generated support tickets, or stories: CPU only, no network, some minutes."""
     from raydistill.demo import demo_config
+    from raydistill.demo_language import language_demo_config
 
+    demos = {"classification": demo_config, "causal_lm": language_demo_config}
+    if task not in demos:
+        raise UserError(f"--task: found {task!r}; it takes one of {', '.join(demos)}")
     try:
-        config = demo_config(storage.resolve())
+        config = demos[task](storage.resolve())
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--storage: {storage}: is a file, or below one. Give a folder") from None
     _stages(config, STAGES, None)

@@ -80,11 +80,15 @@ class EngineBase(ABC):
 
     def outputs(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """float32 logits of a batch, and what else a model that answers with a tuple has to say, with gradient."""
-        with self._casting():
-            output = self._model(**{name: value.to(self.device) for name, value in inputs.items()})
+        output = self.call(**{name: value.to(self.device) for name, value in inputs.items()})
         if isinstance(output, tuple):
             return output[0].float(), output[1:]
         return output.logits.float(), ()
+
+    def call(self, **arguments: Any) -> Any:
+        """What the model answers to arguments that are on its device, with gradient."""
+        with self._casting():
+            return self._model(**arguments)
 
     def _casting(self) -> contextlib.AbstractContextManager[Any]:
         """What a forward pass stands in."""

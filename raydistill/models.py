@@ -33,6 +33,7 @@ OFFSET_POSITIONS = (
 )  # fmt: skip
 # What transformers calls the tasks.
 PROBLEM_TYPES = {"classification": "single_label_classification", "multi_label": "multi_label_classification"}
+LANGUAGE_MODEL = "a causal language model"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -213,6 +214,37 @@ def start_classifier(setting: str, folder: Path, labels: list[str]) -> Any:
     )  # fmt: skip
 
 
+def load_language_model(setting: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model in a folder, in eval mode. Raises UserError for one without its output layer."""
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    model, told = _loaded(
+        setting,
+        folder,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=dtype,
+            output_loading_info=True,
+        ),
+        LANGUAGE_MODEL,
+    )  # fmt: skip
+    if missing := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
+        raise UserError(f"{setting}: {folder}: lacks {missing[0]}. Give a causal language model with its output layer")
+    return model.eval()
+
+
+def empty_language_model(setting: str, folder: Path) -> Any:
+    """A language model with the configuration in a folder and none of its weights. Raises UserError for other kinds."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make() -> Any:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config)
+
+    quiet_transformers()
+    return _loaded(setting, folder, make, LANGUAGE_MODEL)
+
+
 def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:
     quiet_transformers()
     return _loaded(
@@ -224,11 +256,11 @@ def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:
     )
 
 
-def _loaded(setting: str, folder: Path, load: Callable[[], Any]) -> Any:
+def _loaded(setting: str, folder: Path, load: Callable[[], Any], what: str = "a classifier") -> Any:
     try:
         return load()
     except Exception as error:  # transformers raises many kinds for a broken folder
-        raise UserError(f"{setting}: {folder}: does not load as a classifier ({first_line(error)})") from None
+        raise UserError(f"{setting}: {folder}: does not load as {what} ({first_line(error)})") from None
 
 
 def _is_error(record: LogRecord) -> bool:
@@ -332,6 +364,12 @@ def save_classifier(
     model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
     save_tokenizer(tokenizer, folder, max_length=max_length)
     share_weights(folder, like=folder / "config.json")
+
+
+def save_language_model(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes a language model as `save_classifier` a classifier; its tokenizer may give it all that it can read."""
+    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
+    save_classifier(model, tokenizer, weights, folder, max_length=longest)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, *, max_length: int) -> None:

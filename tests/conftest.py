@@ -79,3 +79,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
     made = SmallRuns(tmp_path_factory.mktemp("small"))
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def language_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallRuns]:
+    """The same of language models: stories, a Llama of two layers, codec sampled."""
+    made = SmallRuns(tmp_path_factory.mktemp("language"), "language")
+    yield made
+    made.close()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from raydistill.data.shards import SPLITS
 from raydistill.record.commit import MANIFEST, read_manifest
 from raydistill.record.run import Run, leftovers
 from raydistill.record.store import LocalStore
@@ -25,14 +26,14 @@ FOLDERS = {"prepare": "data", "teach": "teacher/cache", "train": "train"}
 class SmallRuns:
     """The process that forks the runs, their input, and the run that nothing disturbed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kind: str = "classes") -> None:
         script = Path(__file__).parent / "faults" / "small_run.py"
         self._log = open(folder / "log", "w")  # noqa: SIM115 - the process writes to it until `close`
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
         self.folder, self.input, self.whole = folder, folder / "input", folder / "whole"
-        assert self._ask({"do": "input", "source": str(self.input)}) == {"exit": 0}
+        assert self._ask({"do": "input", "source": str(self.input), "kind": kind}) == {"exit": 0}
         self._number = 0
         answer = self.run(self.whole, *STAGES)
         assert answer["error"] is None, answer["error"]
@@ -174,7 +175,7 @@ def results(folder: Path) -> dict[str, bytes]:
             data = json.dumps(document).encode()
         if path.name == "metrics.jsonl":
             points = [json.loads(line) for line in data.decode().splitlines()]
-            data = json.dumps([{k: v for k, v in p.items() if k != "rows_per_second"} for p in points]).encode()
+            data = json.dumps([{k: v for k, v in p.items() if not k.endswith("_per_second")} for p in points]).encode()
         found[name] = data
     return found
 
@@ -182,4 +183,4 @@ def results(folder: Path) -> dict[str, bytes]:
 def row_ids(folder: Path) -> list[int]:
     manifest = read_manifest(LocalStore(str(folder)), "data")
     assert manifest is not None
-    return [i for e in manifest.files for i in pq.read_table(folder / "data" / e.file)["row_id"].to_pylist()]
+    return [i for e in manifest.shards(*SPLITS) for i in pq.read_table(folder / "data" / e.file)["row_id"].to_pylist()]

@@ -18,18 +18,18 @@ LAYERS = (
     ("losses", "targets"),
     ("cache",),
     ("data",),
-    ("models", "students", "adapters", "depths", "feature_tap", "masked_words", "taught"),
+    ("models", "students", "adapters", "depths", "feature_tap", "masked_words", "next_token", "taught"),
     ("engine", "engine_base", "fused", "plain_engine"),
     ("report",),
     ("stages",),
-    ("tickets", "demo"),
+    ("tickets", "demo", "stories", "demo_language"),
     ("cli", "__main__"),
     ("jobs",),
 )
 # Who may import what: heavy packages, and those that tie code to one framework.
 ONLY = {
     "deepspeed": {"engine"},
-    "transformers": {"models", "students", "data", "demo"},
+    "transformers": {"models", "students", "data", "demo", "demo_language"},
     "ray": {"stages", "jobs"},
     "peft": {"adapters"},
     "optuna": {"search"},

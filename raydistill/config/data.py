@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -64,6 +64,11 @@ class Data(Section):
     augment: Augment | None = Field(default=None, description="absent: no texts are made")
     text: str = Field(default="text", min_length=1, description="the column that holds the text")
     label: str = Field(default="label", min_length=1, description="the column that holds the label's name")
+    prompt: str | None = Added(None, min_length=1, description="causal_lm: the column of prompts, in the place of text")
+    response: str | None = Added(None, min_length=1, description="causal_lm: the column of what answers a prompt")
+    long_documents: Literal["split", "cut"] = Added(
+        "split", description="causal_lm: what becomes of a text of more than max_length tokens"
+    )
     label_separator: str = Field(
         default="|", min_length=1, max_length=16, description="task multi_label: between the names in a text"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from raydistill.config.data import Data
+from raydistill.config.language import check_language, check_other_task, with_defaults
 from raydistill.config.loss import KINDS_OF_SETS, Loss
-from raydistill.config.section import MAX_SEED, PLAIN_NAME, Section
+from raydistill.config.section import MAX_SEED, PLAIN_NAME, Added, Section
 from raydistill.config.student import Student
 from raydistill.config.teacher import Teacher
 from raydistill.config.train import Train
@@ -24,6 +25,8 @@ class Evaluate(Section):
     latency_requests: int = Field(default=256, ge=16, le=1_000_000, description="single requests timed per model")
     threads: int = Field(default=1, ge=1, le=4096, description="of the timed requests")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of all models that are compared")
+    samples: int = Added(4, ge=0, le=1000, description="causal_lm: test prompts that every model goes on with")
+    sample_tokens: int = Added(48, ge=1, le=100_000, description="causal_lm: tokens of each of those answers")
 
 
 class Cluster(Section):
@@ -50,8 +53,9 @@ class Config(Section):
 
     name: str = Field(description="the run's folder below storage")
     storage: str = Field(default="runs", min_length=1, description="a folder, s3://bucket/prefix or another fsspec URL")
-    task: Literal["classification", "multi_label"] = Field(
-        default="classification", description="multi_label: a row may have several labels or none"
+    task: Literal["classification", "multi_label", "causal_lm"] = Field(
+        default="classification",
+        description="multi_label: a row may have several labels or none; causal_lm: the next token",
     )
     data: Data
     teacher: Teacher
@@ -60,6 +64,11 @@ class Config(Section):
     tune: Tune | None = Field(default=None, description="absent: no search")
     evaluate: Evaluate = Evaluate()
     cluster: Annotated[Cluster, Field(json_schema_extra={"speed": True})] = Cluster()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_task(cls, tree: Any) -> Any:
+        return with_defaults(tree)
 
     @model_validator(mode="after")
     def _codec_has_features(self) -> Config:
@@ -93,6 +102,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _settings_fit_task(self) -> Config:
         tuning = self.teacher.fine_tune
+        if self.task == "causal_lm":
+            check_language(self)
+            return self
+        check_other_task(self)
         metrics = {"train": self.train.metric} | ({"teacher.fine_tune": tuning.metric} if tuning else {})
         metrics |= {"tune": self.tune.metric} if self.tune else {}
         metrics |= {f"train.stages[{n}]": stage.metric for n, stage in enumerate(self.train.stages or ())}

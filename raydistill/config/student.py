@@ -90,6 +90,9 @@ class Student(Section):
     embedding_size: int | None = Added(
         None, ge=1, le=1 << 16, description="of tables that a projection makes as wide as the layers; absent: as wide"
     )
+    tie_embeddings: bool | None = Added(
+        None, description="causal_lm, config: the output layer is the embeddings; absent: the architecture's own"
+    )
     lora: Lora | None = Added(None, description="adapters are trained; absent: every weight is")
 
     @model_validator(mode="after")

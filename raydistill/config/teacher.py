@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from raydistill.config.language import NextTokens
 from raydistill.config.section import MAX_SEED, Added, Section, Speed
 from raydistill.config.training import TeacherMetrics, Training
 
@@ -44,6 +45,7 @@ class Teacher(Section):
     features_codec: Literal["float16", "bfloat16"] = Added(
         "float16", description="of cached features, 2 bytes a number; bfloat16 for a teacher beyond float16's 65504"
     )
+    next_tokens: NextTokens | None = Added(None, description="causal_lm: what is kept of its distributions")
     cache_from: str | None = Field(default=None, description="another run's folder, whose data and cache are used")
     calibrate: bool = Field(
         default=False, description="divide its logits by one temperature, fitted on validation, before anyone learns"

@@ -31,7 +31,11 @@ class Training(Section):
 
     epochs: int = Field(default=10, ge=1, le=100_000)
     batch_size: int = Field(
-        default=32, ge=1, le=1 << 24, description="global: rows per optimiser step over all workers and micro-batches"
+        default=32,
+        ge=1,
+        le=1 << 24,
+        description="global: rows per optimiser step over all workers and micro-batches; causal_lm: so many times"
+        " data.max_length tokens",
     )
     learning_rate: float = Field(default=5e-4, gt=0, le=10)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -41,8 +41,8 @@ class Tokens:
         return self.ids[self.borders[index] : self.borders[index + 1]]
 
 
-def load_tokenizer(folder: Path, setting: str) -> Any:
-    """The tokenizer in a model's folder. Raises UserError when it has none or it cannot pad."""
+def load_tokenizer(folder: Path, setting: str, *, pads: bool = True) -> Any:
+    """The tokenizer in a model's folder. Raises UserError when it has none, or cannot pad where it must (`pads`)."""
     from transformers import AutoTokenizer
 
     try:
@@ -57,7 +57,7 @@ def load_tokenizer(folder: Path, setting: str) -> Any:
         raise UserError(
             f"{setting}: {folder}: has no vocabulary for its tokenizer. Save the tokenizer beside the weights"
         )
-    if tokenizer.pad_token_id is None:
+    if pads and tokenizer.pad_token_id is None:
         raise UserError(
             f"{setting}: {folder}: the tokenizer has no padding token. Set pad_token in tokenizer_config.json"
         )

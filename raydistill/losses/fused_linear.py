@@ -33,6 +33,8 @@ Teacher = SparseTargets | HiddenTargets | torch.Tensor
 class TokenObjective:
     """alpha * response loss + (1 - alpha) * cross-entropy with the next token, as losses/objective of classes.
 
+    always_response: the response loss is computed and reported also while alpha is 0, for one that changes.
+
     Raises ValueError for an unknown kind, a parameter that it does not have or out of bounds, and a loss that is not a
     sum over positions.
     """
@@ -42,6 +44,7 @@ class TokenObjective:
     kind: str = "forward_kl"
     parameters: Mapping[str, float] = field(default_factory=dict[str, float])
     label_smoothing: float = 0.0
+    always_response: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in RESPONSE_LOSSES:
@@ -54,6 +57,19 @@ class TokenObjective:
         check_label_smoothing(self.label_smoothing)
         if not RESPONSE_LOSSES[self.kind].uses_temperature and self.temperature != 1:
             raise ValueError(f"{self.kind} takes no temperature, found {self.temperature}; leave it at 1")
+
+    @property
+    def has_response(self) -> bool:
+        return self.alpha > 0 or self.always_response
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.has_response
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The names of the parts that every call reports, in their order."""
+        return ("cross_entropy", *((self.part,) if self.has_response else ()))
 
     @property
     def part(self) -> str:
@@ -96,7 +112,7 @@ def token_loss(
     tensor is chunk x V, apart from the head and its gradient. Raises ValueError where alpha needs a teacher and there
     is none, and for one that does not determine the loss.
     """
-    if objective.alpha > 0:
+    if objective.has_response:
         if teacher is None:
             raise ValueError(f"alpha {objective.alpha} needs the teacher's targets and the batch carries none")
         objective.check(teacher)
@@ -107,7 +123,7 @@ def token_loss(
         for positions in taking.nonzero()[:, 0].split(chunk):
             done.add(positions, labels_N, teacher)
     total = done.parts["cross_entropy"] * (1 - objective.alpha)
-    if objective.alpha > 0:
+    if objective.has_response:
         total = total + objective.alpha * done.parts[objective.part]
     if any(gradient is not None for gradient in done.gradients):
         total = _FusedGradient.apply(total, hidden_ND, head_VD, bias_V, *done.gradients)
@@ -125,7 +141,7 @@ class _Pass:
         self.wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         self.product = self.wide if hidden_ND.dtype == torch.float16 else hidden_ND.dtype
         self.head_VD = head_VD.to(self.product)
-        names = ["cross_entropy", *([objective.part] if objective.alpha > 0 else [])]
+        names = objective.part_names
         self.parts = {name: torch.zeros((), dtype=self.wide, device=hidden_ND.device) for name in names}
         wanted = [with_gradient and value is not None and value.requires_grad for value in (hidden_ND, head_VD, bias_V)]
         self.gradients = [
@@ -140,11 +156,11 @@ class _Pass:
         if self.bias_V is not None:
             logits_CV += self.bias_V.to(self.wide)
         slope_CV = None
-        if self.objective.alpha > 0 and not isinstance(teacher, SparseTargets):
+        if self.objective.has_response and not isinstance(teacher, SparseTargets):
             slope_CV = self._whole(logits_CV, labels_C, positions, teacher)
         log_total_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
         self._cross_entropy(logits_CV, labels_C, log_total_C1)
-        if self.objective.alpha > 0 and isinstance(teacher, SparseTargets):
+        if self.objective.has_response and isinstance(teacher, SparseTargets):
             gradient_CV = self._sparse(logits_CV, log_total_C1, teacher.select(positions))
         else:
             gradient_CV = logits_CV.sub_(log_total_C1).exp_().mul_(1 - self.objective.alpha)

@@ -8,11 +8,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from raydistill.report.language_page import language_table, language_verdict, render_language
+
 MODELS = ("teacher", "student", "control")
 
 
 def table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison, as text."""
+    if report["task"] == "causal_lm":
+        return language_table(report)
     models = [name for name in MODELS if report.get(name)]
     header = ["", *models]
     lines = [
@@ -45,6 +49,8 @@ def quality_of(report: dict[str, Any]) -> str:
 
 def verdict(report: dict[str, Any]) -> list[str]:
     """What the figures say, a sentence each."""
+    if report["task"] == "causal_lm":
+        return language_verdict(report)
     teacher, student = report["teacher"], report["student"]
     if report["retention"] is None:
         return ["The teacher is right on no test row, so there is nothing that a student could keep."]
@@ -93,6 +99,8 @@ def teacher_notes(report: dict[str, Any]) -> list[str]:
 
 def render(report: dict[str, Any]) -> str:
     """The page: no scripts, no network, light and dark."""
+    if report["task"] == "causal_lm":
+        return render_language(report)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]))
     header, rows = table(report)
     return environment.get_template("report.html.j2").render(

@@ -60,7 +60,7 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     report = _report(config, run, data, sources, logits, speed, plan)
     if is_ensemble(config):
         report["teacher_members"] = _members_report(config, scored["teacher"], _labels(run, data, "test"))
-    _commit(run, plan, report)
+    commit_report(run, plan, report)
     return report
 
 
@@ -202,7 +202,7 @@ def _report(
             "agreement": float(measures.same(split["test"], teacher).mean()),
             "kl_to_teacher": measures.kl(teacher, split["test"]),
             **speed[name],
-            "size_bytes": sum(_size_bytes(source.folder()) for source in sources[name]),
+            "size_bytes": sum(size_bytes(source.folder()) for source in sources[name]),
         }
     comparison = measures.compare(
         labels["test"],
@@ -232,7 +232,7 @@ def _report(
             "device": device_name(),
         },
         "data_report": data_report(data.facts),
-        "fingerprints": _fingerprints(run, plan),
+        "fingerprints": fingerprints(run, plan),
         "environment": environment(),
         "config": config.model_dump(mode="json"),
     }
@@ -247,18 +247,18 @@ def _labels(run: Run, data: Manifest, split: str) -> np.ndarray:
     return np.concatenate([shard.labels_N for shard in read_split(run.home("data"), data.shards(split))])
 
 
-def _size_bytes(folder: Path) -> int:
+def size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
-def _fingerprints(run: Run, plan: Plan) -> dict[str, str]:
+def fingerprints(run: Run, plan: Plan) -> dict[str, str]:
     found = {
         part: manifest.fingerprint for part in run.parts() if part != "report" and (manifest := run.complete(part))
     }
     return {**found, "report": plan.fingerprint}
 
 
-def _commit(run: Run, plan: Plan, report: dict[str, Any]) -> None:
+def commit_report(run: Run, plan: Plan, report: dict[str, Any]) -> None:
     """Both files, then the manifest that names them and every shard of logits."""
     run.store.write("report/report.json", json.dumps(report, indent=1).encode() + b"\n")
     run.store.write("report/report.html", render(report).encode())

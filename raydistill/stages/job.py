@@ -16,6 +16,7 @@ from raydistill.data.folds import FoldRows
 from raydistill.data.loader import Split
 from raydistill.data.tokens import ids_in, load_tokenizer
 from raydistill.losses.courses import Course
+from raydistill.losses.fused_linear import TokenObjective
 from raydistill.losses.objective import Objective
 from raydistill.models import (
     ModelSource,
@@ -39,7 +40,7 @@ class TrainingJob:
     section: str  # where its settings stand
     config: Config
     settings: Training
-    objective: Objective
+    objective: Objective | TokenObjective
     metric: str
     precision: str
     labels: tuple[str, ...]
@@ -61,6 +62,12 @@ class TrainingJob:
     unfreeze: float | tuple[float, ...] | None = None  # when the student's depths begin to train
     own_cache: str | None = None  # the folder, in the run, of other targets than the teacher's
     stages_before: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # what they came to
+
+
+def class_objective(job: TrainingJob) -> Objective:
+    """The objective of a training of a classifier."""
+    assert isinstance(job.objective, Objective)
+    return job.objective
 
 
 def build_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
@@ -96,7 +103,7 @@ def with_features(
     job: TrainingJob, student: Any, tokenizer: Any, device: torch.device
 ) -> tuple[TaughtStudent, FeatureTeacher | None]:
     """The student with its projections, and the teacher that runs beside it unless its features are cached."""
-    terms, dtype = job.objective.features, {"fp32": torch.float32}.get(job.precision, torch.bfloat16)
+    terms, dtype = class_objective(job).features, {"fp32": torch.float32}.get(job.precision, torch.bfloat16)
     source = job.beside or job.source
     folder = source.folder()
     taught = TaughtStudent(student, terms, teacher_width=shape_of(folder).width, seed=job.settings.seed)
@@ -121,5 +128,5 @@ def open_split(job: TrainingJob, splits: tuple[str, ...], tokenizer: Any) -> Spl
         store, splits, data, cache, tokenizer=tokenizer, max_length=job.config.data.max_length,
         teacher_temperature=job.teacher_temperature, rows=job.rows if "train" in splits else None,
         cache_store=targets, cache_folder=folder,
-        features=cached_features(store, job.objective.features) if from_cache else None,
+        features=cached_features(store, class_objective(job).features) if from_cache else None,
     )  # fmt: skip

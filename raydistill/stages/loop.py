@@ -14,33 +14,23 @@ from typing import Any
 
 import torch
 
-from raydistill.adapters import frozen_parameters, load_trained
-from raydistill.data.loader import Batch
-from raydistill.data.order import steps_per_epoch
-from raydistill.depths import parameter_depths
+from raydistill.adapters import load_trained
 from raydistill.engine import Engine
 from raydistill.errors import UserError
-from raydistill.losses.objective import Objective
-from raydistill.losses.term_gradients import gradient_squares
-from raydistill.models import (
-    count_parameters,
-    save_classifier,
-    set_task,
-)
+from raydistill.models import count_parameters
 from raydistill.plain_engine import PlainEngine
 from raydistill.record.commit import commit_folder
 from raydistill.record.store import naming, open_store
-from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.checkpoints import Checkpoint, Checkpoints, State
 from raydistill.stages.curves import WatchedCurves
-from raydistill.stages.job import TrainingJob, build_model, open_split, with_features
+from raydistill.stages.job import TrainingJob
+from raydistill.stages.language.lesson import LanguageLesson
+from raydistill.stages.lesson import ClassLesson, Lesson
 from raydistill.stages.meter import Meter, broken_step
 from raydistill.stages.ranks import all_reduce, barrier, from_rank_zero, in_group, rank_and_world
-from raydistill.stages.steps import EAGER_LENGTH, dropout_seed, learning_rate, not_finite, training_device
+from raydistill.stages.steps import dropout_seed, learning_rate, not_finite, training_device
 from raydistill.stages.unfreezing import thaw_steps
-from raydistill.stages.validation import validation_metrics
 from raydistill.stages.watch import Watch, watched_part
-from raydistill.taught import STUDENT_PREFIX, TaughtStudent, student_weights
 
 LOWER_IS_BETTER = ("nll", "kl")
 
@@ -71,35 +61,19 @@ class TrainingRank:
         self.store = open_store(job.run_url)
         self.post, self.stopped = post, stopped
         self.checkpoints = Checkpoints(self.store, job.folder, job.fingerprint)
-        self.model, self.tokenizer = build_model(job)
-        set_task(self.model, job.config.task)
-        if self.device.type == "cpu" and job.config.data.max_length <= EAGER_LENGTH:
-            self.model.set_attn_implementation("eager")
-        self.lora = job.config.student.lora if job.role != "teacher" else None
-        if self.lora:
-            self.model = with_adapters(self.model, self.lora, job.settings.seed, self.device)
-        depths = parameter_depths(self.model, f"{job.section}.unfreeze") if job.unfreeze else {}
-        self.teacher = None
-        if job.objective.features:
-            self.model, self.teacher = with_features(job, self.model, self.tokenizer, self.device)
-        if job.settings.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
-        self.frozen = frozen_parameters(self.model) if self.lora else frozenset()
-        self.train_split, self.validation_split = (
-            open_split(job, splits, self.tokenizer) for splits in (job.splits, ("validation",))
-        )
+        self.lesson = lesson_of(job, self.device)
+        self.model = self.lesson.model
         checkpoint = self._agree_on_checkpoint()
         self.state = checkpoint.state if checkpoint else State()
         if checkpoint:
-            load_trained(self.model, checkpoint.weights(), self.frozen)
+            load_trained(self.model, checkpoint.weights(), self.lesson.frozen)
         self.model.train()
-        self.per_pass = steps_per_epoch(self.train_split.rows, job.settings.batch_size)
-        self.per_epoch = steps_per_epoch(job.epoch_rows, job.settings.batch_size)
+        self.per_pass, self.per_epoch = self.lesson.per_pass, self.lesson.per_epoch
         self.total = self.per_epoch * job.settings.epochs
         engine = Engine if in_group() else PlainEngine
         self.engine = engine(
-            self.model, job.settings, precision=job.precision, device=self.device, frozen=self.frozen,
-            thaws=self._thaws(depths),
+            self.model, job.settings, precision=job.precision, device=self.device,
+            frozen=self.lesson.frozen, thaws=self._thaws(),
         )  # fmt: skip
         if checkpoint:
             self.engine.restore_optimizer(checkpoint.optimizer_state(), self.state.step)
@@ -111,13 +85,12 @@ class TrainingRank:
             watch = Watch(self.watched, settings, steady="temperature" not in job.courses) if self.watched else None
             self.curves = WatchedCurves(self.store, job.folder, self.state.step, watch, post)
         self.meter = Meter(job.objective.part_names, self.device)
-        self.looks_at_gradients = self.has_stopped = False
+        self.has_stopped = False
 
-    def _thaws(self, depths: dict[str, int]) -> dict[str, int]:
-        """The step from which each of the student's parameters trains, by its name here."""
-        prefix = STUDENT_PREFIX if isinstance(self.model, TaughtStudent) else ""
-        steps = thaw_steps(self.job.unfreeze, depths, self.total) if depths else {}
-        return {prefix + name: step for name, step in steps.items()}
+    def _thaws(self) -> dict[str, int]:
+        """The step from which each parameter trains, by its name here, where a schedule says so."""
+        depths = self.lesson.depths
+        return thaw_steps(self.job.unfreeze, depths, self.total) if depths else {}
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         newest = from_rank_zero(self.checkpoints.newest() if self.rank == 0 else None)
@@ -134,7 +107,7 @@ class TrainingRank:
 
     def validations(self) -> Iterator[dict[str, float]]:
         """Trains on; the metrics of every validation, once its checkpoint is committed."""
-        self.post({"rows": self.train_split.rows, "steps": self.total, "per_epoch": self.per_epoch})
+        self.post({"rows": self.lesson.rows, "steps": self.total, "per_epoch": self.per_epoch})
         while self.state.step < self.total and not self._out_of_patience():
             for global_rows, micro_batches in self._steps_of_epoch():
                 self._step(global_rows, list(micro_batches()))
@@ -150,18 +123,12 @@ class TrainingRank:
                     break
 
     def _steps_of_epoch(self) -> Any:
-        return self.train_split.training_steps(
-            seed=self.settings.seed,
-            epoch=self.state.step // self.per_pass,
-            batch_size=self.settings.batch_size,
-            first_step=self.state.step % self.per_pass,
-            rank=self.rank,
+        return self.lesson.steps(
+            epoch=self.state.step // self.per_pass, first_step=self.state.step % self.per_pass, rank=self.rank,
             world=self.world,
-            accumulation=self.settings.accumulation,
-            by_length=self.settings.group_by_length,
-        )
+        )  # fmt: skip
 
-    def _step(self, global_rows: int, batches: list[Batch]) -> None:
+    def _step(self, global_rows: int, batches: list[Any]) -> None:
         started = time.perf_counter()
         self.engine.begin_step(self.state.step)
         torch.manual_seed(dropout_seed(self.settings.seed, self.state.step, self.rank))
@@ -169,9 +136,9 @@ class TrainingRank:
         if self.job.courses:
             objective = replace(objective, **self._numbers(self.state.step))
         due = self.state.step + 1
-        self.looks_at_gradients = due % self.settings.log_every == 0 or due % self.per_epoch == 0
+        looks_at_gradients = due % self.settings.log_every == 0 or due % self.per_epoch == 0
         for batch in batches:
-            loss, parts = self._loss(batch, objective)
+            loss, parts = self.lesson.loss(self.engine, batch, objective, self.meter if looks_at_gradients else None)
             if batch.rows:
                 self.meter.add(loss.detach(), parts, batch.rows)
             self.engine.backward(loss, global_rows)
@@ -187,23 +154,6 @@ class TrainingRank:
         """The objective's numbers that change, at a step."""
         return {name: course.at(step, self.total) for name, course in self.job.courses.items()}
 
-    def _loss(self, batch: Batch, objective: Objective) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The sum over a micro-batch's rows and its parts; 0, with the graph of a forward, for one without rows."""
-        logits, features = self.engine.outputs(batch.inputs)
-        if not batch.rows:
-            return sum((feature.sum() for feature in features), logits.sum()) * 0, {}
-        labels = batch.labels_N.to(self.device)
-        targets = batch.teacher.to(self.device) if batch.teacher and objective.needs_teacher else None
-        beside: dict[str, Any] = {}
-        if objective.features and targets is not None:
-            if self.teacher is not None:
-                targets = replace(targets, features=self.teacher.features(batch.inputs))
-            mask = batch.inputs["attention_mask"].to(self.device)
-            beside = {"student_features": self.model.grouped(features), "mask_NL": mask}
-        if self.looks_at_gradients:
-            self.meter.add_gradients(gradient_squares(objective, logits, labels, targets, **beside), batch.rows)
-        return objective(logits, labels, targets, **beside)
-
     def _report(self, rate: float) -> None:
         """Sums the last steps over all ranks, checks them and adds a point to the curves."""
         sums, seconds = self.meter.take()
@@ -217,7 +167,7 @@ class TrainingRank:
             **self._numbers(self.state.step - 1),
             **({"trained_parameters": self.engine.trained_parameters} if self.job.unfreeze else {}),
             "grad_norm": self.engine.grad_norm,
-            "rows_per_second": self.meter.speed(sums, seconds),
+            f"{self.lesson.unit}_per_second": self.meter.speed(sums, seconds),
         }
         if self.curves:
             self.curves.add(self.state.step, self.state.step / self.per_epoch, values, notes=notes)
@@ -230,7 +180,7 @@ class TrainingRank:
     def _validate(self) -> dict[str, float]:
         if self.meter.steps:
             self._report(learning_rate(self.settings, self.state.step - 1, self.total))
-        values = validation_metrics(self.engine, self.validation_split, classes=len(self.job.labels))
+        values = self.lesson.validation(self.engine)
         value = values[self.job.metric]
         better = self.state.best_value is None or (
             value < self.state.best_value if self.job.metric in LOWER_IS_BETTER else value > self.state.best_value
@@ -280,19 +230,8 @@ class TrainingRank:
         chosen = self.checkpoints.load(step)
         staged = self.store.staging(self.job.product)
         staged.mkdir(parents=True)
-        length = self.job.config.data.max_length
         with naming(staged):
-            model, weights = self.model, chosen.weights()
-            if isinstance(model, TaughtStudent):
-                model, weights = model.student, student_weights(weights)
-            if self.lora:
-                base, place = build_model(self.job, alone=True)[0], self.store.where(self.job.product)
-                model = save_adapted(
-                    base, self.tokenizer, weights, staged, self.lora, self.job.settings.seed, self.device,
-                    max_length=length, place=place,
-                )  # fmt: skip
-            else:
-                save_classifier(model, self.tokenizer, weights, staged, max_length=length)
+            model = self.lesson.publish(chosen.weights(), staged, place=self.store.where(self.job.product))
         facts = {
             "metric": self.job.metric,
             "value": value,
@@ -308,10 +247,12 @@ class TrainingRank:
     def close(self) -> None:
         if self.curves:
             self.curves.close()
-        for split in (self.train_split, self.validation_split):
-            split.close()
         self.engine.close()
-        if self.teacher is not None:
-            self.teacher.close()
-        if isinstance(self.model, TaughtStudent):
-            self.model.close()
+        self.lesson.close()
+
+
+def lesson_of(job: TrainingJob, device: torch.device) -> Lesson:
+    """What this training learns, by its task."""
+    if job.config.task == "causal_lm":
+        return LanguageLesson(job, device)
+    return ClassLesson(job, device)

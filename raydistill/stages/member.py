@@ -13,7 +13,7 @@ from raydistill.losses.stacked import Targets
 from raydistill.losses.term_gradients import gradient_squares
 from raydistill.record.store import Store
 from raydistill.stages.curves import WatchedCurves
-from raydistill.stages.job import TrainingJob
+from raydistill.stages.job import TrainingJob, class_objective
 from raydistill.stages.meter import Meter, broken_step
 from raydistill.stages.steps import not_finite
 from raydistill.stages.watch import Watch, watched_part
@@ -21,7 +21,8 @@ from raydistill.stages.watch import Watch, watched_part
 
 def objective_at(job: TrainingJob, step: int, total: int) -> Objective:
     """A member's objective at a step, with the numbers that its courses give."""
-    return replace(job.objective, **numbers_at(job, step, total)) if job.courses else job.objective
+    objective = class_objective(job)
+    return replace(objective, **numbers_at(job, step, total)) if job.courses else objective
 
 
 def numbers_at(job: TrainingJob, step: int, total: int) -> dict[str, float]:

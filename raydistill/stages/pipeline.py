@@ -8,19 +8,14 @@ from typing import Any
 
 from raydistill.config.file import to_yaml
 from raydistill.config.run import Config
-from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
-from raydistill.models import find_model
 from raydistill.record.lock import run_lock
 from raydistill.record.run import Run, open_run, part_of
 from raydistill.stages.check_search import check_search, check_search_stands
 from raydistill.stages.cluster import Resources, connect
-from raydistill.stages.evaluate import evaluate
-from raydistill.stages.feature_cost import feature_cost
-from raydistill.stages.preflight import Cost, check_models, check_plans, check_resources, cost
-from raydistill.stages.prepare import Surveyed, data_plan, prepare, standing_data, survey_sources
+from raydistill.stages.preflight import check_plans, check_resources
 from raydistill.stages.progress import Progress
-from raydistill.stages.teach import teach
+from raydistill.stages.tasks import Cost, Surveyed, task_of
 from raydistill.stages.train import train
 from raydistill.stages.tune import tune
 from raydistill.stages.winner import winning_config
@@ -38,12 +33,13 @@ def run_stages(
     if stages == ("tune",) and config.tune is None:
         raise UserError("tune: is missing. Add it, with a space to search and a number of trials")
     run = open_run(config.storage, config.name, cache_from=config.teacher.cache_from, redo=redo)
+    task = task_of(config)
     with run_lock(run.store), progress.catching_signals():
         surveyed = check(config, run, stages, progress)
         with cluster(config, stages) as resources:
             progress.listen()
             check_resources(config, stages, resources)
-            check_plans(config, run, stages, resources)
+            check_plans(config, run, stages, resources, task.cache_plan)
             if config.tune is not None:
                 check_search_stands(config, run, stages, resources)
             if redo:
@@ -52,32 +48,32 @@ def run_stages(
                         run.set_aside(part)
             write_config(config, run)
             if "prepare" in stages:
-                prepare(config, run, surveyed, progress)
+                task.prepare(config, run, surveyed, progress)
             if "teach" in stages:
-                teach(config, run, resources, progress)
+                task.teach(config, run, resources, progress)
             if "tune" in stages and config.tune is not None:
                 tune(config, run, resources, progress)
             if "train" in stages or "evaluate" in stages:
                 config = winning_config(config, run)
             if "train" in stages:
                 train(config, run, resources, progress)
-            return evaluate(config, run, resources, progress) if "evaluate" in stages else None
+            return task.evaluate(config, run, resources, progress) if "evaluate" in stages else None
 
 
 def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress) -> Surveyed | None:
     """Everything that can be checked without a worker; what prepare found in the sources, when it has work to do."""
-    surveyed = None
-    if "prepare" in stages and standing_data(config, run) is None:
+    task, surveyed = task_of(config), None
+    if "prepare" in stages and task.standing_data(config, run) is None:
         if run.lender:
             raise UserError(
                 f"teacher.cache_from: {run.lender.root}: has no finished data of these files and settings."
                 " Give the data section of that run, or leave cache_from out"
             )
-        surveyed = survey_sources(config, progress)
-        run.check("data", data_plan(config, surveyed))
+        surveyed = task.survey(config, progress)
+        run.check("data", task.data_plan(config, surveyed))
     labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
     if stages != ("prepare",):
-        check_models(config, run, labels)
+        task.check_models(config, run, labels)
         if config.tune is not None:
             check_search(config, run, labels)
     return surveyed
@@ -108,17 +104,10 @@ def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
 
 def plan(config: Config, progress: Progress) -> Cost:
     """What a run will cost, after every check that needs no worker. Writes nothing."""
-    run = open_run(config.storage, config.name, cache_from=config.teacher.cache_from)
-    surveyed = None
-    if run.lender:
-        data = run.require("data")
-        rows, labels = data.facts["rows"], data.facts["labels"]
-    else:
-        surveyed = survey_sources(config, progress)
-        rows, labels = surveyed.rows, surveyed.labels
-    check_models(config, run, labels)
+    run, task = open_run(config.storage, config.name, cache_from=config.teacher.cache_from), task_of(config)
+    surveyed = None if run.lender else task.survey(config, progress)
+    labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
+    task.check_models(config, run, labels)
     if config.tune is not None:
         check_search(config, run, labels)
-    folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
-    learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
-    return cost(config, rows, len(labels), feature_cost(config, run, surveyed, folder, learnt))
+    return task.cost(config, run, surveyed)

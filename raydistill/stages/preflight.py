@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,18 @@ from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import check_length, check_task, find_model, label_order, refuse_adapter
 from raydistill.record.commit import Manifest
+from raydistill.record.fingerprint import Plan
 from raydistill.record.run import STAGES, Run
 from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.augmenting import mask_token
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
 from raydistill.stages.feature_cache import check_lent_features, features_plan
-from raydistill.stages.feature_cost import FeatureCost
+from raydistill.stages.feature_cost import FeatureCost, feature_cost
 from raydistill.stages.features import feature_terms
+from raydistill.stages.prepare import Surveyed
 from raydistill.stages.progress import size
-from raydistill.stages.teach import cache_plan, teacher_dtype
+from raydistill.stages.teach import teacher_dtype
 from raydistill.stages.teachers import (
     check_member,
     config_of,
@@ -43,6 +46,7 @@ from raydistill.students.sizes import check_architecture
 from raydistill.students.skeleton import student_skeleton
 from raydistill.students.vocabulary import check_trimmable
 
+CachePlan = Callable[[Config, Run, Manifest, Resources], Plan]
 CODEC_BYTES = {"dense-float32": (4, 0), "dense-float16": (2, 0), "dense-int8": (1, 4)}
 
 
@@ -55,7 +59,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         if config.teacher.fine_tune is None:
             label_order(start.setting, start.folder(), labels)
             check_task(start.setting, start.folder(), config.task)
-    _check_lender(config, run)
+    check_lender(config, run)
     if config.student.init == "pretrained":
         assert config.student.model is not None
         student = find_model("student.model", config.student.model, config.student.revision)
@@ -103,7 +107,7 @@ def check_features(config: Config, folder: Path) -> None:
         raise UserError("teacher.features_of: means nothing without train.loss.features. Remove it")
 
 
-def _check_lender(config: Config, run: Run) -> None:
+def check_lender(config: Config, run: Run) -> None:
     """A run that uses another's cache trains no teacher, so that all of them stand there."""
     if not run.lender or config.teacher.fine_tune is None:
         return
@@ -141,7 +145,7 @@ def check_resources(config: Config, stages: tuple[str, ...], resources: Resource
         check_quantising_device(config.student, resources)
 
 
-def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Resources) -> None:
+def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Resources, cache_plan: CachePlan) -> None:
     """Compares every plan that can be known now with the one that stands, so that nothing is written for a refused one.
 
     A plan can be known once the parts that it is made from are complete. Raises UserError for the first that differs.
@@ -234,6 +238,16 @@ class Cost:
                 f" {self.cross_fitted[1]:,} optimiser steps beside those below"
             )
         return lines
+
+
+def run_cost(config: Config, run: Run, surveyed: Surveyed | None) -> Cost:
+    """The cost of a run over the rows that were found in its sources, or that stand in another run."""
+    data = None if surveyed else run.require("data")
+    rows = data.facts["rows"] if data else surveyed.rows if surveyed else {}
+    labels = data.facts["labels"] if data else surveyed.labels if surveyed else []
+    folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+    learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
+    return cost(config, rows, len(labels), feature_cost(config, run, surveyed, folder, learnt))
 
 
 def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCost | None = None) -> Cost:

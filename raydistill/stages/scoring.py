@@ -11,9 +11,9 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,23 @@ TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16_384}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+class Job(Protocol):
+    """What a pass over shards must know of its job, whatever the task; `scorer` is called in the worker."""
+
+    @property
+    def output_url(self) -> str: ...
+    @property
+    def folder(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def features(self) -> FeatureOutput | None: ...
+    @property
+    def rows(self) -> FoldRows | None: ...
+
+    def scorer(self, threads: int) -> Any: ...
+
+
 @dataclass(frozen=True)
 class ScoringJob:
     """Which model, over which shards, into which folder. Every field can be sent to a worker."""
@@ -50,6 +67,9 @@ class ScoringJob:
     tokens_per_batch: int | None
     features: FeatureOutput | None = None  # written beside the logits by the same forward
     rows: FoldRows | None = None  # of each shard; absent: all
+
+    def scorer(self, threads: int) -> Scorer:
+        return Scorer(self, threads=threads)
 
 
 class Scorer:
@@ -149,7 +169,7 @@ class ScoringActor:
     back as text, because an exception would be retried.
     """
 
-    def __init__(self, jobs: tuple[ScoringJob, ...], threads: int) -> None:
+    def __init__(self, jobs: tuple[Job, ...], threads: int) -> None:
         self._jobs, self._threads = jobs, threads
         self._loading = threading.Lock()
         self._number, self._scorer = -1, None
@@ -169,11 +189,11 @@ class ScoringActor:
             record["problem"] = str(problem)
         return {name: [value] for name, value in record.items()}
 
-    def _scorer_of(self, number: int) -> Scorer:
+    def _scorer_of(self, number: int) -> Any:
         with self._loading:
             if self._scorer is None or number != self._number:
                 self._scorer = None  # the old model leaves before the new one comes
-                self._scorer = Scorer(self._jobs[number], threads=self._threads)
+                self._scorer = self._jobs[number].scorer(self._threads)
                 self._number = number
             return self._scorer
 
@@ -201,7 +221,7 @@ class Scored:
 
 
 def score(
-    jobs: list[ScoringJob],
+    jobs: Sequence[Job],
     data: Manifest,
     splits: dict[str, tuple[str, ...]],
     share: Share,
@@ -245,7 +265,7 @@ def score(
     ]
 
 
-def _wanted(job: ScoringJob, data: Manifest, splits: tuple[str, ...]) -> dict[Entry, int]:
+def _wanted(job: Job, data: Manifest, splits: tuple[str, ...]) -> dict[Entry, int]:
     """The data shards that have rows for the job, in order, and how many."""
     entries = [entry for split in splits for entry in data.shards(split)]
     if job.rows is None:
@@ -254,20 +274,20 @@ def _wanted(job: ScoringJob, data: Manifest, splits: tuple[str, ...]) -> dict[En
     return {entry: count for entry in entries if (count := rows.count(entry.file))}
 
 
-def _committed(job: ScoringJob, entries: list[Entry]) -> dict[str, Entry]:
+def _committed(job: Job, entries: list[Entry]) -> dict[str, Entry]:
     output = open_store(job.output_url)
     found = (committed_shard(output, f"{job.folder}/{entry.file}", job.fingerprint) for entry in entries)
     return {entry.file: entry for entry in found if entry}
 
 
-def _committed_features(job: ScoringJob, entries: list[Entry]) -> dict[str, Entry | None]:
+def _committed_features(job: Job, entries: list[Entry]) -> dict[str, Entry | None]:
     """The shard of features of every data shard that needs one, None where it is not committed yet."""
     output, asked = open_store(job.output_url), job.features
     return {entry.file: asked.standing(output, entry) for entry in entries if asked and asked.wants(entry)}
 
 
 def _map_shards(
-    jobs: tuple[ScoringJob, ...], tasks: list[dict[str, Any]], share: Share, progress: Progress
+    jobs: tuple[Job, ...], tasks: list[dict[str, Any]], share: Share, progress: Progress
 ) -> Iterator[dict[str, Any]]:
     """Runs the actor pool over the tasks; records come in the order in which they end."""
     import ray.data

@@ -54,7 +54,7 @@ def _teach(config: Config, run: Run, resources: Resources, progress: Progress) -
     if run.lender:
         run.require("cache")
     else:
-        _train_teachers(config, run, resources, progress)
+        train_teachers(config, run, resources, progress)
     plan = cache_plan(config, run, data, resources)
     manifest = run.begin("cache", plan)
     output = _missing_features(config, run, data, resources)
@@ -76,7 +76,7 @@ def _teach(config: Config, run: Run, resources: Resources, progress: Progress) -
     return manifest or _commit_cache(config, run, data, plan, entries, scored, progress)
 
 
-def _train_teachers(config: Config, run: Run, resources: Resources, progress: Progress) -> None:
+def train_teachers(config: Config, run: Run, resources: Resources, progress: Progress) -> None:
     """Every fine-tuning that the config asks for, one after the other; what is complete is kept."""
     if config.teacher.cross_fit is not None:
         make_folds(config, run, progress)

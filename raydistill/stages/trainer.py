@@ -167,7 +167,8 @@ class _Reader:
             mark = " (best so far)" if update["best"] else ""
             progress.say(f"{title}: epoch {epoch:.3g}, step {update['step']:,}: {values}{mark}")
         else:
-            facts = f"loss {update['loss']:.4f}, {update['rows_per_second']:,.0f} rows/s"
+            unit = next(name for name in ("rows", "tokens") if f"{name}_per_second" in update)
+            facts = f"loss {update['loss']:.4f}, {update[f'{unit}_per_second']:,.0f} {unit}/s"
             done, total = update["step"] - self._first, self._total - self._first
             progress.counts(title, done, total, "steps", self._started, facts)
 

@@ -21,6 +21,7 @@ from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, gains_from_bf16
 from raydistill.stages.features import feature_terms
 from raydistill.stages.job import TrainingJob
+from raydistill.stages.language.objective import language_objective
 from raydistill.stages.teachers import feature_source, folds_plan
 from raydistill.stages.training_stages import TrainingStage, stage_inputs
 from raydistill.students.build import needs_rows
@@ -147,6 +148,9 @@ def training_job(request: TrainingRequest, plan: Plan) -> TrainingJob:
             features = feature_terms(config, source.folder(), request.stage)
             objective = replace(student_objective(settings.loss, config.task), features=features)
             courses = loss_courses(settings.loss)
+    if config.task == "causal_lm":
+        objective = language_objective(role, settings)
+    has_features = isinstance(objective, Objective) and bool(objective.features)
     # A control has no teacher, in its choice of checkpoint neither.
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
     data, fold = run.require("data"), request.without_fold
@@ -162,7 +166,7 @@ def training_job(request: TrainingRequest, plan: Plan) -> TrainingJob:
         uses_cache=role == "student", splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS,
         epoch_rows=epoch_rows, source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
-        beside=feature_source(config, run) if objective.features and config.teacher.features_of else None,
+        beside=feature_source(config, run) if has_features and config.teacher.features_of else None,
         unfreeze=settings.unfreeze if isinstance(settings, Train) else None,
         folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
     )  # fmt: skip

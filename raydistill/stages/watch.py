@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from raydistill.losses.fused_linear import TokenObjective
 from raydistill.losses.objective import Objective
 
 # A spike: a step whose loss is this many times the usual largest step between two points, and this many deviations of
@@ -40,7 +41,7 @@ class Alarm:
     text: str
 
 
-def watched_part(objective: Objective) -> str | None:
+def watched_part(objective: Objective | TokenObjective) -> str | None:
     """The part of the loss that is watched: the response loss, or else the first of the features; None without."""
     return objective.part_names[1] if len(objective.part_names) > 1 else None
 

@@ -38,7 +38,7 @@ def student_from_config(settings: Any, tokenizer: Any, labels: list[str], max_le
 
     id2label, label2id = label_maps(labels)
     try:
-        sizes = _sizes(settings, AutoConfig.for_model(settings.model_type), tokenizer, max_length)
+        sizes = sizes_of(settings, AutoConfig.for_model(settings.model_type), tokenizer, max_length)
         config = AutoConfig.for_model(
             settings.model_type, **sizes, pad_token_id=tokenizer.pad_token_id, id2label=id2label, label2id=label2id
         )
@@ -51,7 +51,7 @@ def student_from_config(settings: Any, tokenizer: Any, labels: list[str], max_le
         ) from None
 
 
-def _sizes(settings: Any, known: Any, tokenizer: Any, max_length: int) -> dict[str, int]:
+def sizes_of(settings: Any, known: Any, tokenizer: Any, max_length: int) -> dict[str, int]:
     """The sizes under the names that an architecture's configuration, `known`, has for them."""
     heads = settings.num_heads or max(1, settings.hidden_size // 64)
     offset = position_offset(settings.model_type, tokenizer.pad_token_id)

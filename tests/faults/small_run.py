@@ -28,7 +28,7 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1
 import torch
 import torch.distributed as dist
 
-from raydistill import demo, engine, models, tickets
+from raydistill import demo, demo_language, engine, models, stories, tickets
 from raydistill.config.file import validate
 from raydistill.config.run import Config
 from raydistill.data.tokens import load_tokenizer
@@ -39,6 +39,8 @@ from raydistill.record.run import open_run
 from raydistill.stages import evaluate, fused, pipeline, scoring, teach, teachers, trainer, training_job, tune
 from raydistill.stages.cluster import Resources
 from raydistill.stages.job import TrainingJob
+from raydistill.stages.language import evaluate as language_evaluate
+from raydistill.stages.language.generation import measure_generation
 from raydistill.stages.latency import measure
 from raydistill.stages.loop import run_training
 from raydistill.stages.progress import Progress
@@ -51,9 +53,10 @@ LATE_IMPORTS = (
     "peft", "torch._dynamo", "torch.utils.tensorboard", "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto", "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
-    "transformers.models.encoder_decoder.configuration_encoder_decoder",
+    "transformers.models.encoder_decoder.configuration_encoder_decoder", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 TRAIN_ROWS, TEST_ROWS, SHARD_ROWS = 60, 20, 16
+LANGUAGE_ROWS = 40
 
 
 def write_input(folder: Path) -> None:
@@ -86,6 +89,8 @@ def config(folder: Path, source: Path, changes: dict[str, Any]) -> Config:
             "metric": "kl",
         },
     }  # fmt: skip
+    if (source / "train.jsonl").exists():
+        settings = language_settings(folder, source)
     for name, value in changes.items():
         *sections, key = name.split(".")
         place = settings
@@ -93,6 +98,44 @@ def config(folder: Path, source: Path, changes: dict[str, Any]) -> Config:
             place = place.setdefault(section, {})
         place[key] = value
     return validate(settings, {}, "small run")
+
+
+def write_language_input(folder: Path) -> None:
+    """Stories, and a tiny Llama with new weights."""
+    train, _ = stories.write_stories(folder, train=LANGUAGE_ROWS, test=12)
+    texts = [json.loads(line)["text"] for line in train.read_text().splitlines()]
+    demo_language.write_new_llama(
+        folder / "teacher", texts, hidden_size=16, layers=2, heads=2, vocabulary=300, positions=64
+    )
+    teacher = models.load_language_model("teacher.model", folder / "teacher")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in teacher.parameters():  # so that its distributions are not all the same
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    teacher.save_pretrained(folder / "teacher")
+
+
+def language_settings(folder: Path, source: Path) -> dict[str, Any]:
+    """A run of language models: rows of 48 tokens, about ten steps."""
+    return {
+        "name": folder.name,
+        "storage": str(folder.parent),
+        "task": "causal_lm",
+        "data": {
+            "train": str(source / "train.jsonl"), "test": str(source / "test.jsonl"), "max_length": 48,
+            "validation": 0.2, "shard_rows": SHARD_ROWS,
+        },
+        "teacher": {"model": str(source / "teacher"), "dtype": "float32"},
+        "student": {
+            "init": "config", "model_type": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2,
+            "feed_forward": 32, "tie_embeddings": True,
+        },
+        "train": {
+            "epochs": 2, "batch_size": 8, "checkpoint_every": 3, "learning_rate": 1e-2, "precision": "fp32",
+            "metric": "kl", "log_every": 2,
+        },
+        "evaluate": {"latency_requests": 16, "bootstrap": 200, "samples": 2, "sample_tokens": 4},
+    }  # fmt: skip
 
 
 class Record:
@@ -152,6 +195,10 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
         if search.problem:
             raise UserError(search.problem)
 
+    def time_language_models(sources: Any, config: Config, run: Any, data: Any, *_: Any) -> dict[str, dict[str, Any]]:
+        return measure_generation(sources, **language_evaluate.generation_arguments(config, run, data))
+
+    language_evaluate._time_models = time_language_models
     pipeline.cluster, scoring._map_shards, trainer._fit = cluster, map_shards, fit
     tune.run_trials = run_trials
     evaluate._time_models = time_models
@@ -307,7 +354,8 @@ def main() -> None:
         if request["do"] == "input":
             pid = os.fork()
             if pid == 0:
-                write_input(Path(request["source"]))
+                writes = {"classes": write_input, "language": write_language_input}
+                writes[request.get("kind", "classes")](Path(request["source"]))
                 os._exit(0)
             answer = {"exit": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}
         else:

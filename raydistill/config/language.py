@@ -1,0 +1,158 @@
+"""What `task: causal_lm` has of its own: its section, its defaults, and the settings of other tasks that it refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from raydistill.config.loss import WITHOUT_TEMPERATURE
+from raydistill.config.section import MAX_SEED, Section
+
+SPARSE = ("sampled", "random", "topk")
+
+
+class NextTokens(Section):
+    """What is kept of the teacher's distribution of the next token, at every position that is learnt from."""
+
+    codec: Literal["sampled", "random", "topk", "hidden", "dense"] = Field(
+        default="sampled",
+        description="sampled: likely tokens and an unbiased sample of the others; random: RS-KD's draws; topk: likely"
+        " tokens alone; hidden: the last hidden state; dense: every logit",
+    )
+    kept: int = Field(default=12, ge=1, le=255, description="sampled, random, topk: tokens of a position")
+    units: int = Field(
+        default=256, ge=1, le=1 << 16, description="sampled: in how many parts a position's weights are counted"
+    )
+    probabilities: bool = Field(
+        default=False,
+        description="sampled, random: each kept token's probability too, for other losses than forward_kl",
+    )
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="sampled, random: of the draws and of rounding")
+
+    @model_validator(mode="after")
+    def _settings_fit_codec(self) -> NextTokens:
+        used = {"sampled": ("kept", "units", "probabilities", "seed"), "random": ("kept", "probabilities", "seed")}
+        used |= {"topk": ("kept", "seed"), "hidden": (), "dense": ()}
+        for name in ("kept", "units", "probabilities", "seed"):
+            if getattr(self, name) != type(self).model_fields[name].default and name not in used[self.codec]:
+                raise ValueError(f"{name} means nothing with codec: {self.codec}; remove it")
+        if self.codec == "sampled" and self.kept < 2:
+            raise ValueError("kept: a sample keeps at least 2 tokens, found 1; raise it")
+        return self
+
+
+# Where another default fits language models better; by the setting's place.
+DEFAULTS: dict[tuple[str, ...], Any] = {
+    ("data", "shard_rows"): 512,
+    ("teacher", "fine_tune", "metric"): "nll",
+    ("train", "metric"): "nll",
+    ("train", "loss", "temperature"): 1.0,
+}
+# Settings that are about rows with labels, or that are not built for language models, by their section.
+OTHERS: dict[str, tuple[str, ...]] = {
+    "data": ("label", "label_separator", "unlabelled", "keep_unlabelled", "augment"),
+    "teacher": (
+        "codec", "features_codec", "calibrate", "cross_fit", "members", "weight", "fine_tune_seeds", "combine",
+        "features_of",
+    ),
+    "teacher.fine_tune": ("group_by_length",),
+    "student": (
+        "importance", "importance_rows", "trim_vocabulary", "vocabulary_min_count", "max_positions", "embedding_size",
+        "lora",
+    ),
+    "train": ("group_by_length", "unfreeze", "stages"),
+    "train.loss": ("standardise", "hard_targets", "features", "features_from"),
+}  # fmt: skip
+# And those that mean nothing without it.
+OWN: dict[str, tuple[str, ...]] = {
+    "data": ("prompt", "response", "long_documents"),
+    "teacher": ("next_tokens",),
+    "student": ("tie_embeddings",),
+    "evaluate": ("samples", "sample_tokens"),
+}
+METRICS = ("nll", "accuracy", "kl", "agreement")
+
+
+def with_defaults(tree: Any) -> Any:
+    """The settings as given, with what `DEFAULTS` says in the place of what a language model's run leaves out."""
+    if not isinstance(tree, dict) or tree.get("task") != "causal_lm":
+        return tree
+    tree = copy.deepcopy(tree)
+    for place, value in DEFAULTS.items():
+        section: Any = tree
+        for name in place[:-1]:
+            if name != "fine_tune":
+                section.setdefault(name, {})
+            section = section.get(name)
+            if not isinstance(section, dict):
+                break
+        else:
+            if place[-1] != "temperature" or section.get("kind") not in WITHOUT_TEMPERATURE:
+                section.setdefault(place[-1], value)
+    return tree
+
+
+def check_language(config: Any) -> None:
+    """Raises ValueError for a setting that task: causal_lm does not know, or that does not fit it."""
+    if name := _first_set(config, OTHERS):
+        raise ValueError(f"{name} is not known with task: causal_lm; remove it")
+    if config.tune is not None:
+        raise ValueError("tune is not known with task: causal_lm; remove it")
+    metrics = {"train.metric": config.train.metric}
+    if config.teacher.fine_tune is not None:
+        metrics["teacher.fine_tune.metric"] = config.teacher.fine_tune.metric
+    for name, metric in metrics.items():
+        if metric not in METRICS:
+            raise ValueError(f"{name}: {metric} is of classes; with task: causal_lm use {', '.join(METRICS)}")
+    _check_columns(config.data)
+    _check_student(config.student)
+
+
+def check_other_task(config: Any) -> None:
+    """Raises ValueError for a setting that means nothing with another task than causal_lm."""
+    if name := _first_set(config, OWN):
+        raise ValueError(f"{name} means nothing with task: {config.task}; remove it, or set task: causal_lm")
+
+
+def _first_set(config: Any, names: dict[str, tuple[str, ...]]) -> str | None:
+    """The first of these settings that has not its default."""
+    for section, fields in names.items():
+        found: Any = config
+        for part in section.split("."):
+            found = None if found is None else getattr(found, part)
+        if found is None:
+            continue
+        for field in fields:
+            if getattr(found, field) != type(found).model_fields[field].default:
+                return f"{section}.{field}"
+    return None
+
+
+def _check_columns(data: Any) -> None:
+    """Documents come from one column, or from two."""
+    if (data.prompt is None) != (data.response is None):
+        raise ValueError("data.prompt and data.response name two columns of the same rows; give both, or neither")
+    if data.prompt is None:
+        return
+    if data.prompt == data.response:
+        raise ValueError(f"data.prompt and data.response name the same column, {data.prompt!r}; each needs its own")
+    if data.text != type(data).model_fields["text"].default:
+        raise ValueError("data.text means nothing with data.prompt and data.response; remove it")
+    if data.long_documents != type(data).model_fields["long_documents"].default:
+        raise ValueError(
+            "data.long_documents means nothing with data.prompt and data.response, which are always cut; remove it"
+        )
+
+
+def _check_student(student: Any) -> None:
+    if student.init == "teacher_layers" and (student.feed_forward, student.num_heads) != (None, None):
+        name = "num_heads" if student.feed_forward is None else "feed_forward"
+        raise ValueError(f"student.{name} of a teacher's layers is not built for task: causal_lm; remove it")
+    if student.tie_embeddings is not None and student.init != "config":
+        raise ValueError(f"student.tie_embeddings means nothing with init: {student.init}; remove it")
+    if student.init == "config" and student.model_type == type(student).model_fields["model_type"].default:
+        raise ValueError(
+            f"student.model_type: {student.model_type} is no causal language model; use llama, gpt2, qwen2 …"
+        )

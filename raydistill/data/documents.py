@@ -1,0 +1,146 @@
+"""The user's documents for a language model: texts, or prompts with responses, and the rows of tokens they become.
+
+A text is learnt from as a whole: every token but its first is predicted. Of a prompt with its response the response is.
+Where the tokenizer has them, a token that begins a document and one that ends it stand around both; the end is
+learnt. Prompt and response are tokenised apart and put together as they are, so that where the response begins does
+not depend on what stands there.
+
+A text longer than a row is split into rows that share one token: the last of one is the first of the next, which is
+read and not learnt, so that every token of a text but its first is predicted once. With `cut`, and for a response that
+is too long, what does not fit is left out. A document without a token to learn from makes no row.
+
+Shapes: L tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raydistill.data.sources import Dropped, Fields, Reason, Source, read_values
+
+CHUNK_DOCUMENTS = 256
+NOTHING_LEARNT: Reason = "no token to learn from"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text (prompt is None) or a prompt with its response, and where it stands."""
+
+    prompt: str | None
+    text: str
+    file: int
+    number: int
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row of tokens, int32, and which of them are learnt from; the first never is."""
+
+    tokens_L: npt.NDArray[np.int32]
+    learnt_L: npt.NDArray[np.bool_]
+
+    @property
+    def learnt(self) -> int:
+        return int(self.learnt_L.sum())
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A document as rows, of which it has none where nothing of it can be learnt; whether it did not fit into one."""
+
+    document: Document
+    rows: tuple[TokenRow, ...]
+    is_long: bool
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How documents become rows: `splits` says what becomes of a text longer than max_length tokens."""
+
+    tokenizer: Any
+    max_length: int
+    splits: bool
+    begin: tuple[int, ...] = field(init=False)
+    end: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name, token in (("begin", self.tokenizer.bos_token_id), ("end", self.tokenizer.eos_token_id)):
+            object.__setattr__(self, name, () if token is None else (int(token),))
+
+    def tokenised(self, documents: Sequence[Document]) -> Iterator[Tokenised]:
+        """The rows of every document, in order."""
+        texts = self._ids([document.text for document in documents])
+        prompts = self._ids([document.prompt or "" for document in documents])
+        for document, prompt, text in zip(documents, prompts, texts, strict=True):
+            tokens = np.array([*self.begin, *prompt, *text, *self.end], np.int32)
+            if document.prompt is None:
+                yield Tokenised(document, tuple(self._of_text(tokens)), len(tokens) > self.max_length)
+                continue
+            learnt = np.arange(len(tokens)) >= max(1, len(self.begin) + len(prompt))
+            row = TokenRow(tokens[: self.max_length], learnt[: self.max_length])
+            yield Tokenised(document, (row,) if row.learnt else (), len(tokens) > self.max_length)
+
+    def _of_text(self, tokens: npt.NDArray[np.int32]) -> Iterator[TokenRow]:
+        step = self.max_length - 1
+        starts = range(0, len(tokens) - 1, step) if self.splits else range(min(1, len(tokens) - 1))
+        for start in starts:
+            part = tokens[start : start + self.max_length]
+            yield TokenRow(part, np.arange(len(part)) > 0)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+
+
+def read_documents(source: Source, fields: Fields) -> Iterator[Document | Dropped]:
+    """Every row of the source in order; `fields` names one column of texts, or those of prompts and responses."""
+    for file, number, values in read_values(source, fields):
+        if values is None:
+            yield Dropped("malformed", file, number)
+        elif reason := _problem(values, fields.max_row_bytes):
+            yield Dropped(reason, file, number)
+        else:
+            *prompt, text = values
+            yield Document(prompt[0] if prompt else None, text, file, number)
+
+
+def _problem(values: tuple[Any, ...], max_bytes: int) -> Reason | None:
+    """What is wrong with a row."""
+    if any(value is None for value in values):
+        return "null text"
+    if not all(isinstance(value, str) for value in values):
+        return "text is not text"
+    if not values[-1].strip():
+        return "empty text"
+    try:
+        return "over max_row_bytes" if sum(len(value.encode()) for value in values) > max_bytes else None
+    except UnicodeEncodeError:
+        return "text is not text"
+
+
+def tokenise_documents(found: Iterable[Document | Dropped], rules: Rules) -> Iterator[Tokenised | Dropped]:
+    """Every document as rows, in order; those that nothing can be learnt from are dropped too."""
+    held: list[Document | Dropped] = []
+    for one in found:
+        held.append(one)
+        if len(held) == CHUNK_DOCUMENTS:
+            yield from _tokenised(held, rules)
+            held = []
+    yield from _tokenised(held, rules)
+
+
+def _tokenised(chunk: list[Document | Dropped], rules: Rules) -> Iterator[Tokenised | Dropped]:
+    documents = [one for one in chunk if isinstance(one, Document)]
+    tokenised = rules.tokenised(documents) if documents else iter(())
+    for one in chunk:
+        made = one if isinstance(one, Dropped) else next(tokenised)
+        if isinstance(made, Tokenised) and not made.rows:
+            yield Dropped(NOTHING_LEARNT, made.document.file, made.document.number)
+        else:
+            yield made

@@ -1,0 +1,183 @@
+"""A worker's batches of a language model: packed rows, the tokens to learn, and what the teacher says of them.
+
+Shapes: N positions that are learnt from, R rows, P packs of W tokens, D width of hidden states.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raydistill.cache.next_tokens import NextTokenCache, NextTokenShard
+from raydistill.data.loader import HELD_BYTES, pair_entries
+from raydistill.data.packing import dealt, pack_inputs, packed
+from raydistill.data.token_order import token_batches, token_steps
+from raydistill.data.token_shards import TokenShard, read_token_shard
+from raydistill.errors import UserError
+from raydistill.losses.fused_linear import Teacher
+from raydistill.record.commit import Manifest
+from raydistill.record.store import Store
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The rows of one micro-batch, packed. N counts positions that are learnt from, in the order of rows.
+
+    inputs: input_ids_PW and position_ids_PW. places_N are those positions in the packs laid end to end, labels_N the
+    tokens that follow them. rows_N numbers each position's row among `places` (shard, row). rows is N: what a loss is
+    divided by; a rank without rows gets one of them and N = 0.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    places_N: torch.Tensor
+    labels_N: torch.Tensor
+    teacher: Teacher | None
+    rows: int
+    rows_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A shard as training needs it."""
+
+    tokens: TokenShard
+    teacher: NextTokenShard | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + (self.teacher.nbytes if self.teacher else 0)
+
+
+class TokenSplit:
+    """One split of a language model's data with its share of the teacher's cache.
+
+    Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES.
+    """
+
+    def __init__(self, store: Store, splits: tuple[str, ...], data: Manifest, cache: NextTokenCache | None) -> None:
+        self._store, self._cache = store, cache
+        self.entries = data.shards(*splits)
+        self._kept = pair_entries(self.entries, cache.manifest.shards(*splits)) if cache else None
+        index = [read_token_shard(store, entry) for entry in self.entries]
+        self._lengths, self._learnt = [shard.lengths_R for shard in index], [shard.learnt_R for shard in index]
+        self.rows = int(sum(part.sum() for part in self._learnt))  # of what a loss is a mean: positions
+        self.tokens = int(sum(part.sum() for part in self._lengths))
+        self._held: OrderedDict[int, Future[_Held]] = OrderedDict()
+        self._needed: set[int] = set()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether batches carry what the teacher says."""
+        return self._cache is not None
+
+    def steps(self, batch_tokens: int) -> int:
+        """Optimiser steps of an epoch."""
+        return token_steps(self.tokens, batch_tokens)
+
+    def shard(self, number: int) -> _Held:
+        self.read_ahead([number])
+        self._held.move_to_end(number)
+        shard = self._held[number].result()
+        self._release(self._needed | {number})
+        return shard
+
+    def read_ahead(self, numbers: list[int]) -> None:
+        """Starts reading shards in the background."""
+        for number in numbers:
+            if number not in self._held:
+                self._held[number] = self._reader.submit(self._load, number)
+
+    def _release(self, keep: set[int]) -> None:
+        done = {n: f.result().nbytes for n, f in self._held.items() if f.done()}
+        total = sum(done.values())
+        for number in [n for n in done if n not in keep]:
+            if total <= HELD_BYTES:
+                return
+            del self._held[number]
+            total -= done[number]
+
+    def _load(self, number: int) -> _Held:
+        tokens = read_token_shard(self._store, self.entries[number])
+        if self._cache is None or self._kept is None:
+            return _Held(tokens, None)
+        entry = self._kept[number]
+        return _Held(tokens, self._cache.shard(entry, row_ids_R=tokens.row_ids_R, positions_R=tokens.learnt_R))
+
+    def batch(self, places: Int64, *, counts: bool = True) -> TokenBatch:
+        """The batch of these (shard, row) pairs; without `counts` none of their positions is learnt from."""
+        shards = {int(number): self.shard(int(number)) for number in np.unique(places[:, 0])}
+        rows = [shards[shard].tokens.row(row) for shard, row in places.tolist()]
+        inputs, starts = pack_inputs(rows, packed([len(row) for row in rows]))
+        positions = [shards[shard].tokens.positions(row) for shard, row in places.tolist()]
+        if not counts:
+            positions, places = [np.empty(0, np.int64)] * len(rows), places[:0]
+        labels = [row[at + 1] for row, at in zip(rows, positions, strict=True)]
+        where = [start + at for start, at in zip(starts, positions, strict=True)]
+        return TokenBatch(
+            inputs,
+            torch.from_numpy(np.concatenate(where)),
+            torch.from_numpy(np.concatenate(labels).astype(np.int64)),
+            self._teacher(shards, places) if self._cache and counts else None,
+            sum(map(len, positions)),
+            torch.from_numpy(np.repeat(np.arange(len(rows)), [len(at) for at in positions])),
+        )
+
+    def _teacher(self, shards: dict[int, _Held], places: Int64) -> Teacher:
+        """What the teacher says at the positions of these rows, in their order."""
+        assert self._cache is not None
+        parts, order = [], np.empty(len(places), np.int64)
+        done = 0
+        for number, held in shards.items():
+            mine = np.flatnonzero(places[:, 0] == number)
+            assert held.teacher is not None
+            parts.append(held.teacher.targets(places[mine, 1]))
+            order[mine] = np.arange(done, done + len(mine))
+            done += len(mine)
+        counts = np.concatenate([self._learnt[n][places[places[:, 0] == n, 1]] for n in shards])
+        begins = np.cumsum(counts) - counts
+        wanted = [np.arange(begins[place], begins[place] + counts[place]) for place in order]
+        return self._cache.joined(parts, torch.from_numpy(np.concatenate(wanted)))
+
+    def training_steps(
+        self, *, seed: int, epoch: int, batch_tokens: int, first_step: int, rank: int, world: int, accumulation: int
+    ) -> Iterator[tuple[int, Callable[[], Iterator[TokenBatch]]]]:
+        """(global count of positions, this rank's micro-batches) of every step of an epoch from first_step on."""
+        order = token_batches(self._lengths, seed=seed, epoch=epoch, batch_tokens=batch_tokens, first_step=first_step)
+        for places, needed in order:
+            self._needed = {*needed, *places[:, 0].tolist()}
+            self.read_ahead(needed)
+            learnt = sum(int(self._learnt[shard][row]) for shard, row in places.tolist())
+            yield learnt, lambda places=places: self._micro_batches(places, rank, world, accumulation)
+
+    def _micro_batches(self, places: Int64, rank: int, world: int, accumulation: int) -> Iterator[TokenBatch]:
+        parts = dealt([int(self._lengths[shard][row]) for shard, row in places.tolist()], world * accumulation)
+        for part in parts[rank * accumulation : (rank + 1) * accumulation]:
+            yield self.batch(places[part]) if part else self.batch(places[:1], counts=False)
+
+    def token_batches(self, tokens_per_batch: int) -> Iterator[TokenBatch]:
+        """Every row once, in order, in batches of about so many tokens."""
+        for number in range(len(self.entries)):
+            ends = np.cumsum(self._lengths[number])
+            for group in np.unique((ends - 1) // tokens_per_batch):
+                rows = np.flatnonzero((ends - 1) // tokens_per_batch == group)
+                yield self.batch(np.stack([np.full(len(rows), number), rows], axis=1))
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+
+def check_vocabulary(data: Manifest, vocabulary: int, what: str) -> None:
+    """Raises UserError for a model that lacks tokens which the data hold."""
+    if (needed := data.facts["vocabulary"]) > vocabulary:
+        raise UserError(
+            f"{what}: knows {vocabulary} tokens, the data's tokenizer has {needed}. Use one that knows them all"
+        )

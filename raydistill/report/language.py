@@ -1,0 +1,86 @@
+"""What is measured of language models on a test set, and the paired intervals of their comparison.
+
+Sums come row by row; what is drawn again for the intervals are documents, because the tokens of one are not
+independent (Efron and Tibshirani 1993, chapter 8).
+
+Shapes: R rows, U documents, M models, S resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
+BLOCK = 64  # resamples whose counts are held at once
+
+
+def language_metrics(sums: Mapping[str, Floats], name: str) -> dict[str, float]:
+    """perplexity, nll (nats a token), accuracy, ece of a model; of another than the teacher kl, agreement and top5."""
+    positions = float(sums["positions"].sum())
+    nll = float(sums[f"nll_{name}"].sum()) / positions
+    found = {
+        "perplexity": math.exp(nll),
+        "nll": nll,
+        "accuracy": float(sums[f"accuracy_{name}"].sum()) / positions,
+        "ece": calibration_error(sums[f"bins_{name}"].sum(axis=0)),
+    }
+    for column, metric in {"kl": "kl_to_teacher", "agreement": "agreement", "top5": "agreement_top5"}.items():
+        if f"{column}_{name}" in sums:
+            found[metric] = float(sums[f"{column}_{name}"].sum()) / positions
+    return found
+
+
+def calibration_error(bins: Floats) -> float:
+    """Expected calibration error of the likeliest token, from the sums of bins: counts, confidences, hits."""
+    count, confidence, hits = bins.reshape(3, -1)
+    return float(np.abs(confidence - hits).sum() / count.sum())
+
+
+def compare_models(sums: Mapping[str, Floats], *, resamples: int, seed: int) -> dict[str, Any]:
+    """Retention, gain and gap closed, with 95 % intervals, paired over documents.
+
+    Retention is the teacher's perplexity over the student's. The gain is the control's perplexity less the student's.
+    The gap is that between control and teacher in nats.
+    """
+    names = [name for name in ("teacher", "student", "control") if f"nll_{name}" in sums]
+    _, unit_R = np.unique(sums["document"], return_inverse=True)
+    units = int(unit_R.max()) + 1
+    columns = [sums["positions"], *(sums[f"nll_{name}"] for name in names)]
+    of_units = np.stack([np.bincount(unit_R, column, units) for column in columns], axis=1)
+    measured = _nll(of_units.sum(axis=0)[None])[0]
+    drawn = np.concatenate([_nll(counts @ of_units) for counts in _resamples(units, resamples, seed)])
+    student, teacher = measured[1], measured[0]
+    result: dict[str, Any] = {
+        "retention": math.exp(teacher - student),
+        "retention_ci95": _interval(np.exp(drawn[:, 0] - drawn[:, 1])),
+        "gain_over_control": None, "gain_over_control_ci95": None, "gap_closed": None,
+        "test_documents": units,
+    }  # fmt: skip
+    if "control" in names:
+        control = measured[2]
+        result["gain_over_control"] = math.exp(control) - math.exp(student)
+        result["gain_over_control_ci95"] = _interval(np.exp(drawn[:, 2]) - np.exp(drawn[:, 1]))
+        result["gap_closed"] = (control - student) / (control - teacher) if control > teacher else None
+    return result
+
+
+def _resamples(units: int, resamples: int, seed: int) -> Any:
+    """How often each document is drawn, a block of resamples at a time."""
+    random = np.random.default_rng(seed)
+    for start in range(0, resamples, BLOCK):
+        yield random.multinomial(units, np.full(units, 1 / units), size=min(BLOCK, resamples - start))
+
+
+def _nll(sums_SC: Floats) -> Floats:
+    """Nats a position by model, from sums of positions and of each model's nats."""
+    return sums_SC[:, 1:] / sums_SC[:, :1]
+
+
+def _interval(values: Floats) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

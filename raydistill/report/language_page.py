@@ -1,0 +1,77 @@
+"""The report of language models for people: rows of a table, a verdict in words, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, select_autoescape
+
+MODELS = ("teacher", "student", "control")
+LINES = [
+    ("perplexity", "perplexity", "{:.3f}"),
+    ("NLL, nats a token", "nll", "{:.4f}"),
+    ("next token right", "accuracy", "{:.2%}"),
+    ("KL from the teacher, nats", "kl_to_teacher", "{:.4f}"),
+    ("the teacher's likeliest token first", "agreement", "{:.2%}"),
+    ("among the first five", "agreement_top5", "{:.2%}"),
+    ("calibration error", "ece", "{:.2%}"),
+    ("parameters", "parameters", "{:,}"),
+    ("weights, MB", "size_bytes", "{:.1f}"),
+    ("next token of a row p50, ms", "latency_ms_p50", "{:.2f}"),
+    ("next token of a row p90, ms", "latency_ms_p90", "{:.2f}"),
+    ("tokens/s read", "prefill_tokens_per_second", "{:,.0f}"),
+    ("tokens/s written", "decode_tokens_per_second", "{:,.0f}"),
+]
+
+
+def language_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison, as text."""
+    models = [name for name in MODELS if report.get(name)]
+    rows: list[list[str]] = []
+    for title, key, form in LINES:
+        values = [report[name].get(key) for name in models]
+        if key == "size_bytes":
+            values = [value / 1e6 for value in values]
+        rows.append([title, *("" if value is None else form.format(value) for value in values)])
+    return ["", *models], rows
+
+
+def language_verdict(report: dict[str, Any]) -> list[str]:
+    """What the figures say, a sentence each."""
+    teacher, student = report["teacher"], report["student"]
+    low, high = report["retention_ci95"]
+    lines = [
+        f"The student keeps {report['retention']:.1%} of the teacher: its perplexity is {student['perplexity']:.3f},"
+        f" the teacher's {teacher['perplexity']:.3f} (95 % interval {low:.1%} to {high:.1%}, {report['test_rows']:,}"
+        f" test documents, {report['test_positions']:,} tokens).",
+        f"It has {teacher['parameters'] / student['parameters']:.1f} times fewer parameters and writes"
+        f" {student['decode_tokens_per_second'] / teacher['decode_tokens_per_second']:.1f} times as fast.",
+    ]
+    if report.get("control"):
+        low, high = report["gain_over_control_ci95"]
+        shown = "more than chance" if low > 0 else "not shown to be more than chance"
+        lines.append(
+            f"Learning from the teacher brought a perplexity {report['gain_over_control']:.3f} lower than that of the"
+            f" same student without it (95 % interval {low:+.3f} to {high:+.3f}: {shown})."
+        )
+        if report["gap_closed"] is not None:
+            lines.append(f"That closes {report['gap_closed']:.0%} of the gap between control and teacher, in nats.")
+    cache = report["cache"]
+    lines.append(
+        f"It learned from {cache['positions']:,} positions, {cache['bytes_per_position']:.1f} bytes each by codec"
+        f" {cache['codec']} ({cache['promise']})."
+    )
+    return lines
+
+
+def render_language(report: dict[str, Any]) -> str:
+    """The page: no scripts, no network, light and dark."""
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]))
+    header, rows = language_table(report)
+    columns = ["test", *(name for name in MODELS if report.get(name))]
+    return environment.get_template("language.html.j2").render(
+        report=report, verdict=language_verdict(report), header=header, rows=rows, columns=columns,
+        config=json.dumps(report["config"], indent=2),
+    )  # fmt: skip

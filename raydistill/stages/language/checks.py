@@ -1,0 +1,138 @@
+"""What can be checked of a language model's run before a worker starts or a byte is written, and what it will cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydistill.cache.language_codecs import check_temperatures
+from raydistill.config.loss import LOSS_PARAMETERS
+from raydistill.config.run import Config
+from raydistill.data.same_tokens import difference
+from raydistill.data.token_order import token_steps
+from raydistill.data.tokens import load_tokenizer
+from raydistill.errors import UserError
+from raydistill.losses.sparse_divergences import check_sparse_loss
+from raydistill.models import check_length, empty_language_model, find_model, refuse_adapter, shape_of
+from raydistill.record.run import Run
+from raydistill.stages.language.objective import token_objective
+from raydistill.stages.language.prepare import SurveyedTexts
+from raydistill.stages.language.teach import next_tokens
+from raydistill.stages.preflight import check_lender
+from raydistill.stages.progress import size
+from raydistill.students.language import language_skeleton
+
+NEXT_TOKEN_BYTES = {"sampled": 1.6, "random": 0.5, "topk": 3.6}  # about so many for each kept token, measured
+
+
+def check_language_models(config: Config, run: Run, labels: list[str]) -> None:
+    """Teacher, student and loss against each other and the data. Raises UserError for the first that does not fit."""
+    folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+    refuse_adapter("teacher.model", folder)
+    check_length("the teacher", folder, config.data.max_length)
+    _check_model("teacher.model", folder, empty_language_model_on_meta("teacher.model", folder))
+    check_lender(config, run)
+    if config.student.init == "pretrained":
+        _check_pretrained(config, folder)
+    student = language_skeleton(config.student, teacher_folder=folder, max_length=config.data.max_length)
+    if getattr(student.config, "final_logit_softcapping", None):
+        raise UserError(
+            f"student: {type(student).__name__} caps its logits, which training does not know. Choose another"
+            " architecture, such as llama or qwen2"
+        )
+    check_losses(config)
+
+
+def empty_language_model_on_meta(setting: str, folder: Path):
+    import torch
+
+    with torch.device("meta"):
+        return empty_language_model(setting, folder)
+
+
+def _check_model(setting: str, folder: Path, model) -> None:
+    """A model whose output layer is known and whose vocabulary holds its tokenizer's."""
+    tokenizer = load_tokenizer(folder, setting, pads=False)
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{setting}: {folder}: has no output layer that is known. Choose another architecture")
+    if head.weight.shape[0] < len(tokenizer):
+        raise UserError(
+            f"{setting}: {folder}: has {head.weight.shape[0]} tokens, its tokenizer {len(tokenizer)}."
+            " Resize its embeddings, or save the tokenizer that it was trained with"
+        )
+
+
+def _check_pretrained(config: Config, teacher: Path) -> None:
+    """The student that the user gave, whose tokens must be the teacher's."""
+    assert config.student.model is not None
+    folder = find_model("student.model", config.student.model, config.student.revision)
+    refuse_adapter("student.model", folder)
+    check_length("the student", folder, config.data.max_length)
+    _check_model("student.model", folder, empty_language_model_on_meta("student.model", folder))
+    theirs = load_tokenizer(teacher, "teacher.model", pads=False)
+    ours = load_tokenizer(folder, "student.model", pads=False)
+    if found := difference(theirs, ours):
+        raise UserError(
+            f"student.model: {folder}: its tokenizer is not the teacher's: {found}. Choose a student with the teacher's"
+            " tokenizer, or init: config or teacher_layers"
+        )
+
+
+def check_losses(config: Config) -> None:
+    """The loss against what the cache will hold of the teacher."""
+    kept, loss = next_tokens(config), config.train.loss
+    parameters = {name: value for name in LOSS_PARAMETERS if (value := getattr(loss, name)) is not None}
+    try:
+        token_objective(loss)
+        check_sparse_loss(kept.codec, kind=loss.kind, parameters=parameters, has_probabilities=kept.probabilities)
+    except ValueError as error:
+        raise UserError(f"train.loss: {error}") from None
+    for name in ("temperature", "temperature_end"):
+        if (temperature := getattr(loss, name)) is not None and loss.kind != "logit_mse":
+            try:
+                check_temperatures(kept.codec, temperature)
+            except ValueError as error:
+                raise UserError(f"train.loss.{name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class LanguageCost:
+    """What a run will do."""
+
+    counts: dict[str, dict[str, int]]
+    codec: str
+    cache_bytes: float
+    steps: dict[str, int]
+
+    def lines(self) -> list[str]:
+        scored = sum(self.counts[split]["rows"] for split in ("train", "validation"))
+        steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
+        return [
+            "documents: " + ", ".join(f"{found['documents']:,} {split}" for split, found in self.counts.items()),
+            "tokens: " + ", ".join(f"{found['tokens']:,} {split}" for split, found in self.counts.items()),
+            f"teacher forwards for the cache: {scored:,} rows, once each",
+            f"cache: about {size(int(self.cache_bytes))} by codec {self.codec}",
+            f"optimiser steps at most: {steps}",
+        ]
+
+
+def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> LanguageCost:
+    """The cost of a run over these documents."""
+    counts = surveyed.counts if surveyed else run.require("data").facts["counts"]
+    vocabulary = surveyed.vocabulary if surveyed else run.require("data").facts["vocabulary"]
+    kept = next_tokens(config)
+    positions = sum(counts[split]["learnt"] for split in ("train", "validation"))
+    each = NEXT_TOKEN_BYTES.get(kept.codec, 0) * kept.kept
+    if kept.codec in ("hidden", "dense"):
+        folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+        each = 2 * (vocabulary if kept.codec == "dense" else shape_of(folder).width)
+    tokens, length = counts["train"]["tokens"], config.data.max_length
+    trainings = {"teacher": config.teacher.fine_tune, "student": config.train}
+    trainings |= {"control": config.train} if config.evaluate.control else {}
+    steps = {
+        name: settings.epochs * token_steps(tokens, settings.batch_size * length)
+        for name, settings in trainings.items()
+        if settings is not None
+    }
+    return LanguageCost(counts, kept.codec, positions * each, steps)

@@ -1,0 +1,165 @@
+"""Stage evaluate of language models: teacher, student and control on test documents, which nothing else has read."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from raydistill.config.run import Config
+from raydistill.config.section import identity
+from raydistill.data.token_shards import TokenShard, read_token_shard
+from raydistill.data.tokens import load_tokenizer
+from raydistill.models import ModelSource, model_identity
+from raydistill.record.commit import Manifest, commit_manifest
+from raydistill.record.fingerprint import Plan
+from raydistill.record.run import Run
+from raydistill.report.language import compare_models, language_metrics
+from raydistill.stages.cluster import Resources, share_for_actors
+from raydistill.stages.environment import device_name, environment
+from raydistill.stages.evaluate import commit_report, fingerprints, forwards_per_row, size_bytes
+from raydistill.stages.language.generation import measure_generation
+from raydistill.stages.language.measuring import FOLDER, MeasuringJob, read_measures
+from raydistill.stages.language.prepare import texts_report
+from raydistill.stages.progress import Progress
+from raydistill.stages.scoring import score
+from raydistill.stages.student import train_student
+from raydistill.stages.teachers import made_here, teacher_source
+from raydistill.stages.training_job import TrainingRequest
+
+PROMPT_TOKENS = 16  # of a text without a prompt, at most a quarter of it
+TIMED_PROMPTS = 2  # that models go on with for their speed, where fewer samples are asked for
+
+
+def evaluate_language(config: Config, run: Run, resources: Resources, progress: Progress) -> dict[str, Any]:
+    """Writes report.json and report.html; the report. The control is trained first, when it is not there."""
+    data, student = run.require("data"), run.require("student")
+    control = None
+    if config.evaluate.control:
+        request = TrainingRequest("control", config, run, resources, teacher_source(config, run))
+        control = train_student(request, progress)
+    plan = _plan(config, run, data, student, control)
+    if run.begin("report", plan) is not None:
+        progress.say("evaluate: complete")
+        return json.loads(run.store.read("report/report.json"))
+    sources = {"teacher": teacher_source(config, run), "student": made_here("student", run)}
+    sources |= {"control": made_here("control", run)} if config.evaluate.control else {}
+    share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    job = MeasuringJob(
+        tuple(sources.items()), run.home("data").root, run.store.root, FOLDER, plan.fingerprint,
+        data.facts["vocabulary"], config.evaluate.dtype, config.teacher.tokens_per_batch,
+    )  # fmt: skip
+    (scored,) = score([job], data, {FOLDER: ("test",)}, share, progress, "evaluate")
+    commit_manifest(run.store, FOLDER, plan.fingerprint, scored.entries)
+    sums = read_measures(run.store, scored.entries)
+    speed = _time_models(sources, config, run, data, resources, progress)
+    models = {
+        name: {**language_metrics(sums, name), **speed[name], "size_bytes": size_bytes(source.folder())}
+        for name, source in sources.items()
+    }
+    comparison = compare_models(sums, resamples=config.evaluate.bootstrap, seed=config.evaluate.seed)
+    report = _report(config, run, data, models, comparison, plan)
+    commit_report(run, plan, report)
+    return report
+
+
+def _plan(config: Config, run: Run, data: Manifest, student: Manifest, control: Manifest | None) -> Plan:
+    """Everything that the report depends on."""
+    inputs = {
+        "data": data.fingerprint, "student": student.fingerprint,
+        "control": control.fingerprint if control else None,
+        "teacher": model_identity(teacher_source(config, run).folder()),
+        **{f"evaluate.{name}": value for name, value in identity(config.evaluate).items()},
+    }  # fmt: skip
+    return Plan("report", inputs)
+
+
+def _time_models(
+    sources: dict[str, ModelSource], config: Config, run: Run, data: Manifest, resources: Resources, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Times the models in a task that takes a whole node, so that nothing else of the run computes beside it."""
+    import ray
+
+    settings = config.evaluate
+    progress.say(f"evaluate: timing {settings.latency_requests} rows and {settings.samples} answers of each model")
+    progress.check()
+    remote: Any = ray.remote
+    task = remote(measure_generation)
+    running = task.options(num_cpus=resources.node_cpus, num_gpus=1 if resources.gpus else 0).remote(
+        sources, **generation_arguments(config, run, data)
+    )
+    while not ray.wait([running], timeout=0.5)[0]:
+        progress.check()
+    return ray.get(running)
+
+
+def generation_arguments(config: Config, run: Run, data: Manifest) -> dict[str, Any]:
+    """What `measure_generation` is asked to do, with rows of test."""
+    settings, shard = config.evaluate, read_token_shard(run.home("data"), data.shards("test")[0])
+    rows = [shard.row(number).tolist() for number in range(min(len(shard), settings.latency_requests))]
+    return {
+        "rows": rows,
+        "prompts": [prompt for prompt, _ in _prompts(shard, max(settings.samples, TIMED_PROMPTS))],
+        "requests": settings.latency_requests,
+        "threads": settings.threads,
+        "new_tokens": settings.sample_tokens,
+        "samples": settings.samples,
+        "dtype": settings.dtype,
+    }
+
+
+def _prompts(shard: TokenShard, count: int) -> list[tuple[list[int], list[int]]]:
+    """Prompts of the first documents, and what stands after each: up to the first learnt token, or a text's begin."""
+    found, seen = [], set[int]()
+    for number, document in enumerate(shard.documents_R.tolist()):
+        if document in seen or len(found) == count:
+            continue
+        seen.add(document)
+        tokens, first = shard.row(number).tolist(), int(shard.positions(number)[0]) + 1
+        cut = first if first > 1 else max(1, min(PROMPT_TOKENS, len(tokens) // 4))
+        found.append((tokens[:cut], tokens[cut:]))
+    return found
+
+
+def _report(
+    config: Config, run: Run, data: Manifest, models: dict[str, Any], comparison: dict[str, Any], plan: Plan
+) -> dict[str, Any]:
+    """All figures, under the names of the design."""
+    cache, counts = run.require("cache"), data.facts["counts"]["test"]
+    return {
+        "schema": 1,
+        "name": config.name,
+        "task": config.task,
+        "created": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "test_rows": counts["documents"],
+        "test_positions": counts["learnt"],
+        "samples": _samples(config, run, data, models),
+        **models,
+        **comparison,
+        "agreement": models["student"]["agreement"],
+        "cache": {name: cache.facts[name] for name in ("codec", "promise", "positions", "bytes_per_position")},
+        "teacher_forwards_per_row": forwards_per_row(data, cache),
+        "measured": {
+            "latency_requests": config.evaluate.latency_requests,
+            "threads": config.evaluate.threads,
+            "dtype": config.evaluate.dtype,
+            "device": device_name(),
+        },
+        "data_report": texts_report(data.facts),
+        "fingerprints": fingerprints(run, plan),
+        "environment": environment(),
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def _samples(config: Config, run: Run, data: Manifest, models: dict[str, Any]) -> list[dict[str, str]]:
+    """Prompts with what test and every model go on with; the models' own lists are taken out."""
+    tokenizer = load_tokenizer(teacher_source(config, run).folder(), "the teacher", pads=False)
+    shard = read_token_shard(run.home("data"), data.shards("test")[0])
+    texts = {name: found.pop("samples") for name, found in models.items()}
+    samples = []
+    for number, (prompt, rest) in enumerate(_prompts(shard, config.evaluate.samples)):
+        sample = {"prompt": tokenizer.decode(prompt, skip_special_tokens=True)}
+        sample["test"] = tokenizer.decode(rest[: config.evaluate.sample_tokens], skip_special_tokens=True)
+        samples.append(sample | {name: of_model[number] for name, of_model in texts.items()})
+    return samples

@@ -1,0 +1,82 @@
+"""How fast language models read and write, interleaved on one idle machine, and what they write."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydistill.data.tokens import load_tokenizer
+from raydistill.models import ModelSource, count_parameters, load_language_model
+from raydistill.stages.scoring import DTYPES
+
+WARM_UP = 2
+
+
+def measure_generation(
+    sources: dict[str, ModelSource], rows: list[list[int]], prompts: list[list[int]], *, requests: int, threads: int,
+    new_tokens: int, samples: int, dtype: str,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """For every model: ms until the next token of a row is known, tokens/s read and written, parameters, samples.
+
+    `rows` are read one at a time and the models take turns, so that a noisy moment meets all of them. Every prompt is
+    gone on with greedily, by `new_tokens` tokens; the first `samples` texts are given back, each up to its end.
+    """
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    models = {
+        name: load_language_model("evaluate", source.folder(), dtype=DTYPES[dtype]).to(device)
+        for name, source in sources.items()
+    }
+    tokenizer = load_tokenizer(sources["teacher"].folder(), "evaluate", pads=False)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    read: list[int] = []
+    written: dict[str, list[float]] = {name: [] for name in models}
+    texts: dict[str, list[str]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for number in range(WARM_UP + requests):
+            ids = torch.tensor([rows[number % len(rows)]], device=device)
+            if number >= WARM_UP:
+                read.append(ids.shape[1])
+            for name, model in models.items():
+                started = time.perf_counter()
+                int(model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+                if number >= WARM_UP:
+                    seconds[name].append(time.perf_counter() - started)
+        for prompt in prompts:
+            for name, model in models.items():
+                started = time.perf_counter()
+                tokens = written_by(model, prompt, new_tokens, tokenizer.pad_token_id)
+                written[name].append(time.perf_counter() - started)
+                if len(texts[name]) < samples:
+                    texts[name].append(
+                        tokenizer.decode(up_to(tokens, tokenizer.eos_token_id), skip_special_tokens=True)
+                    )
+    return {
+        name: {
+            "latency_ms_p50": float(np.percentile(seconds[name], 50)) * 1e3,
+            "latency_ms_p90": float(np.percentile(seconds[name], 90)) * 1e3,
+            "prefill_tokens_per_second": sum(read) / sum(seconds[name]),
+            "decode_tokens_per_second": new_tokens * len(prompts) / sum(written[name]),
+            "parameters": count_parameters(model),
+            "samples": texts[name],
+        }
+        for name, model in models.items()
+    }
+
+
+def written_by(model: Any, prompt: list[int], new_tokens: int, pad_id: int | None) -> list[int]:
+    """The likeliest next tokens, one after the other; exactly so many, so that models are timed alike."""
+    ids = torch.tensor([prompt], device=model.device)
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, eos_token_id=-1, do_sample=False,
+        pad_token_id=0 if pad_id is None else pad_id,
+    )  # fmt: skip
+    return made[0, len(prompt) :].tolist()
+
+
+def up_to(tokens: list[int], end: int | None) -> list[int]:
+    """The tokens before the one that ends a text."""
+    return tokens[: tokens.index(end)] if end in tokens else tokens

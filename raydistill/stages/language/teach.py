@@ -1,0 +1,119 @@
+"""Stage teach of language models: the teacher, fine-tuned here where it is asked for, reads train and validation once.
+
+What it writes is the teacher cache: one shard for each data shard, of what `teacher.next_tokens` keeps of its
+distribution of the next token, at every position that is learnt from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raydistill.cache.hidden_shards import read_head
+from raydistill.cache.language_codecs import LANGUAGE_CODECS
+from raydistill.cache.next_tokens import ALPHABET, HEAD, format_facts, named
+from raydistill.config.language import NextTokens
+from raydistill.config.run import Config
+from raydistill.errors import UserError
+from raydistill.models import model_identity
+from raydistill.next_token import head_facts
+from raydistill.record.commit import Entry, Manifest, commit_manifest, committed_shard
+from raydistill.record.fingerprint import Plan
+from raydistill.record.run import Run
+from raydistill.stages.cluster import Resources, share_for_actors
+from raydistill.stages.language.scoring import LanguageScoringJob, sparse_format
+from raydistill.stages.progress import Progress, size
+from raydistill.stages.scoring import score
+from raydistill.stages.teach import teacher_dtype, train_teachers
+from raydistill.stages.teachers import teacher_source
+
+SPLITS = ("train", "validation")
+FOLDER = "teacher/cache"
+
+
+def teach_next_tokens(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
+    """Writes the teacher cache; its manifest. Raises UserError for a teacher that does not fit the data."""
+    data = run.require("data")
+    if run.lender:
+        run.require("cache")
+    else:
+        train_teachers(config, run, resources, progress)
+    plan = next_tokens_plan(config, run, data, resources)
+    if (manifest := run.begin("cache", plan)) is not None:
+        progress.say(f"teach: complete, {manifest.facts['positions']:,} positions cached")
+        return manifest
+    share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    job = _job(config, run, data, plan)
+    (scored,) = score([job], data, {FOLDER: SPLITS}, share, progress, "teach")
+    entries = list(scored.entries)
+    if job.codec == "hidden":
+        head = committed_shard(run.store, f"{FOLDER}/{HEAD}", plan.fingerprint)
+        if head is None:
+            raise UserError(f"{run.store.where(FOLDER)}/{HEAD}: is damaged. Score again with --redo teach")
+        entries.append(head)
+    return _commit(config, run, data, plan, entries, scored.totals, progress)
+
+
+def _job(config: Config, run: Run, data: Manifest, plan: Plan) -> LanguageScoringJob:
+    settings = next_tokens(config)
+    return LanguageScoringJob(
+        source=teacher_source(config, run), data_url=run.home("data").root, output_url=run.store.root, folder=FOLDER,
+        fingerprint=plan.fingerprint, codec=settings.codec, form=sparse_format(settings),
+        alphabet=named(data, ALPHABET), head_with=data.shards(*SPLITS)[0].file, vocabulary=data.facts["vocabulary"],
+        dtype=plan.inputs["teacher.dtype"], tokens_per_batch=config.teacher.tokens_per_batch,
+    )  # fmt: skip
+
+
+def _commit(
+    config: Config, run: Run, data: Manifest, plan: Plan, entries: list[Entry], totals: dict[str, float],
+    progress: Progress,
+) -> Manifest:  # fmt: skip
+    settings = next_tokens(config)
+    positions = sum(data.facts["counts"][split]["learnt"] for split in SPLITS)
+    rows, total = sum(data.facts["rows"][split] for split in SPLITS), sum(entry.size for entry in entries)
+    source = teacher_source(config, run)
+    facts = {
+        "codec": settings.codec,
+        **_width(run, entries),
+        **format_facts(sparse_format(settings)),
+        **head_facts(source.folder()),
+        "promise": LANGUAGE_CODECS[settings.codec].promise,
+        "temperatures": "1" if sparse_format(settings) else "any",
+        "vocabulary": data.facts["vocabulary"],
+        "positions": positions,
+        "rows": rows,
+        "forwards": rows,
+        "bytes_per_position": total / positions,
+    }
+    manifest = commit_manifest(run.store, FOLDER, plan.fingerprint, entries, facts)
+    speed = f", {totals['tokens'] / totals['seconds']:,.0f} tokens/s for each actor" if totals["seconds"] else ""
+    progress.say(
+        f"teach: {positions:,} positions of {rows:,} rows cached by codec {settings.codec}, one forward for each row,"
+        f" {facts['bytes_per_position']:.1f} bytes a position, {size(total)}{speed}"
+    )
+    return manifest
+
+
+def _width(run: Run, entries: list[Entry]) -> dict[str, int]:
+    """The width of hidden states, where the cache has an output head."""
+    head = next((entry for entry in entries if entry.file == HEAD), None)
+    return {} if head is None else {"width": read_head(run.store, FOLDER, head).weight_VD.shape[1]}
+
+
+def next_tokens(config: Config) -> NextTokens:
+    """What is kept of the teacher, by the config or by default."""
+    return config.teacher.next_tokens or NextTokens()
+
+
+def next_tokens_plan(config: Config, run: Run, data: Manifest, resources: Resources) -> Plan:
+    """Everything that determines the bytes of the cache."""
+    settings, form = next_tokens(config), sparse_format(next_tokens(config))
+    inputs: dict[str, Any] = {
+        "data": data.fingerprint,
+        "teacher": model_identity(teacher_source(config, run).folder()),
+        "teacher.dtype": teacher_dtype(config, run, resources),
+        "teacher.next_tokens.codec": settings.codec,
+        **{f"teacher.next_tokens.{name}": value for name, value in format_facts(form).get("format", {}).items()},
+    }
+    if form is not None:
+        inputs["alphabet_sha256"] = named(data, ALPHABET).sha256
+    return Plan("cache", inputs)
