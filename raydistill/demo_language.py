@@ -20,7 +20,7 @@ VOCABULARY = 384
 BEGIN, END, PADDING = "<s>", "</s>", "<pad>"
 
 
-def language_demo_config(storage: Path, *, train: int = 2400, test: int = 240) -> Config:
+def language_demo_config(storage: Path, *, train: int = 1200, test: int = 200) -> Config:
     """Writes the demo's stories and starting model below `storage`/demo-language-input; its run's configuration."""
     folder = storage / "demo-language-input"
     train_file, test_file = write_stories(folder, train=train, test=test)
@@ -28,23 +28,23 @@ def language_demo_config(storage: Path, *, train: int = 2400, test: int = 240) -
     if not (folder / "model").exists():
         staged = folder / ".model.tmp"
         texts = [json.loads(line)["text"] for line in train_file.read_text().splitlines()]
-        write_new_llama(staged, texts, hidden_size=192, layers=4, heads=4, vocabulary=VOCABULARY, positions=256)
+        write_new_llama(staged, texts, hidden_size=128, layers=3, heads=4, vocabulary=VOCABULARY, positions=256)
         staged.rename(folder / "model")
     settings = {
         "name": "demo-language",
         "storage": str(storage),
         "task": "causal_lm",
-        "data": {"train": str(train_file), "test": str(test_file), "max_length": 160, "shard_rows": 256},
+        "data": {"train": str(train_file), "test": str(test_file), "max_length": 256, "shard_rows": 256},
         "teacher": {
             "model": str(folder / "model"),
-            "fine_tune": {"epochs": 3, "learning_rate": 2.0e-3, "batch_size": 16},
+            "fine_tune": {"epochs": 4, "learning_rate": 3.0e-3, "batch_size": 4, "cpus_per_worker": 1},
         },
         "student": {
-            "init": "config", "model_type": "llama", "hidden_size": 96, "num_layers": 2, "num_heads": 4,
-            "feed_forward": 256, "tie_embeddings": True,
+            "init": "config", "model_type": "llama", "hidden_size": 64, "num_layers": 2, "num_heads": 4,
+            "feed_forward": 176, "tie_embeddings": True,
         },
         "train": {
-            "epochs": 3, "learning_rate": 4.0e-3, "batch_size": 8, "choose": "last", "cpus_per_worker": 1,
+            "epochs": 3, "learning_rate": 5.0e-3, "batch_size": 2, "choose": "last", "cpus_per_worker": 1,
             "loss": {"alpha": 0.9},
         },
         "evaluate": {"latency_requests": 64},

@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model",
 )  # fmt: skip
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "chat_template.jinja", *TOKENIZER_FILES]
 # These count positions from the padding id on.
 OFFSET_POSITIONS = (
     "camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",

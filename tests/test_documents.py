@@ -116,3 +116,62 @@ def test_shards_hold_rows_as_they_were_added(made, tmp_path: Path):
         assert (positions + 1).tolist() == np.flatnonzero(row.learnt_L).tolist()
     assert [int(n) for shard in shards for n in shard.learnt_R] == [row.learnt for row in rows]
     assert np.concatenate([shard.documents_R for shard in shards]).tolist() == [0] + [1] * (len(rows) - 1)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+CHAT = (("system", "Be short."), ("user", "Who?"), ("assistant", "Tom."), ("user", "Where?"), ("assistant", "At home."))
+
+
+def learnt_text(made, found) -> str:
+    return made.decode([t for row in found.rows for t in row.tokens_L[row.learnt_L].tolist()])
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [(("assistant",), "Tom.</s>At home.</s>"), (("user",), "<s>user: Who?</s><s>user: Where?</s>")],
+)
+def test_of_a_chat_the_messages_of_some_roles_are_learnt(roles: tuple[str, ...], expected: str):
+    made = tokenizer()
+    made.chat_template = TEMPLATE
+    (found,) = Rules(made, 300, True, roles).tokenised([Document(None, "x", 0, 1, CHAT)])
+    whole = made.apply_chat_template([{"role": r, "content": c} for r, c in CHAT], tokenize=False)
+    assert made.decode(found.rows[0].tokens_L) == whole
+    assert learnt_text(made, found) == expected
+
+
+def test_a_template_that_takes_no_system_message_alone_is_rendered_with_the_next_one():
+    made = tokenizer()
+    made.chat_template = (
+        "{% if messages|length == 1 and messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        + TEMPLATE
+    )
+    (found,) = Rules(made, 300, True).tokenised([Document(None, "x", 0, 1, CHAT)])
+    assert learnt_text(made, found) == "Tom.</s>At home.</s>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('never') }}", "{{ messages|length }}" + TEMPLATE],
+    ids=["refuses", "writes earlier messages otherwise"],
+)
+def test_a_chat_that_a_template_does_not_write_in_order_is_dropped(template: str, tmp_path: Path):
+    made = tokenizer()
+    made.chat_template = template
+    chats = [{"messages": [{"role": role, "content": content} for role, content in CHAT]}]
+    path = write_jsonl(tmp_path / "a.jsonl", chats)
+    fields = Fields((("data.messages", "messages"),), 0, ",", 1000)
+    (found,) = tokenise_documents(documents(path, fields), Rules(made, 300, True))
+    assert isinstance(found, Dropped)
+
+
+def test_what_is_no_chat_is_counted(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    rows = ['"[{""role"": ""user"", ""content"": ""Who?""}]"', "no chat", "[]", '"[{""role"": ""user""}]"', "3"]
+    path.write_text("messages\n" + "\n".join(rows) + "\n")
+    found = documents(path, Fields((("data.messages", "messages"),), 0, ",", 1000))
+    assert isinstance(found[0], Document)
+    assert found[0].messages == (("user", "Who?"),)
+    assert [one.reason for one in found[1:] if isinstance(one, Dropped)] == ["messages are malformed"] * 4

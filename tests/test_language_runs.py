@@ -198,6 +198,39 @@ def test_prompts_with_responses(language_runs, tmp_path: Path):
     assert points(folder, "validation")[-1]["nll"] < points(folder, "validation")[0]["nll"]
 
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_chats_by_the_tokenizers_template(language_runs, tmp_path: Path):
+    source, folder = tmp_path / "input", language_runs.start("prepare")
+    shutil.copytree(language_runs.input, source)
+    for name, seed in (("train", 6), ("test", 7)):
+        chats = [
+            {"chat": [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": text[:60]}]}
+            for text in texts(30, seed=seed)
+        ]
+        write_jsonl(source / f"{name}.jsonl", chats)
+    changes = {"data.messages": "chat", "train.batch_size": 2}
+    refused = language_runs.run(folder, "prepare", *ALL, source=str(source), changes=changes)
+    assert "data.messages: " in refused["error"]
+    assert "the tokenizer has no chat template" in refused["error"]
+    settings = json.loads((source / "teacher/tokenizer_config.json").read_text())
+    (source / "teacher/tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": TEMPLATE}))
+    answer = language_runs.run(folder, "prepare", *ALL, source=str(source), changes=changes)
+    assert answer["error"] is None, answer["error"]
+    counts = facts(folder, "data")["counts"]["train"]
+    assert counts["rows"] == counts["documents"] == 24
+    assert 0 < counts["learnt"] < counts["tokens"]
+    # Another template makes other tokens.
+    again = {**settings, "chat_template": TEMPLATE.replace("assistant: ", "bot: ")}
+    (source / "teacher/tokenizer_config.json").write_text(json.dumps(again))
+    refused = language_runs.run(folder, "prepare", source=str(source), changes=changes)
+    assert "sha256" in refused["error"]
+
+
 MESSAGES = [
     ({"train.loss.temperature": 2.0}, "train.loss.temperature: temperature 2: a cache of codec sampled serves"),
     ({"train.loss.kind": "reverse_kl"}, "train.loss: reverse_kl weighs the student by the teacher's log-probability"),
@@ -208,6 +241,8 @@ MESSAGES = [
     ({"student.lora": {}}, "student.lora is not known with task: causal_lm; remove it"),
     ({"train.metric": "macro_f1"}, "train.metric: macro_f1 is of classes; with task: causal_lm use nll, accuracy, kl"),
     ({"data.prompt": "text"}, "data.prompt and data.response name two columns of the same rows; give both, or neither"),
+    ({"data.messages": "chat", "data.text": "words"}, "data.text means nothing with data.messages; remove it"),
+    ({"data.learnt_roles": ["user"]}, "data.learnt_roles means nothing without data.messages; remove it"),
     ({"teacher.next_tokens": {"codec": "hidden", "kept": 4}}, "kept means nothing with codec: hidden; remove it"),
     ({"student.model_type": "bert"}, "student.model_type: bert is no causal language model"),
     ({"student.model_type": "vit"}, "student.model_type: 'vit' cannot be built as a causal language model"),

@@ -66,6 +66,12 @@ class Data(Section):
     label: str = Field(default="label", min_length=1, description="the column that holds the label's name")
     prompt: str | None = Added(None, min_length=1, description="causal_lm: the column of prompts, in the place of text")
     response: str | None = Added(None, min_length=1, description="causal_lm: the column of what answers a prompt")
+    messages: str | None = Added(
+        None, min_length=1, description="causal_lm: the column of chats, lists of messages with role and content"
+    )
+    learnt_roles: tuple[Annotated[str, Field(min_length=1)], ...] = Added(
+        ("assistant",), description="causal_lm, messages: whose messages are learnt; the others are read"
+    )
     long_documents: Literal["split", "cut"] = Added(
         "split", description="causal_lm: what becomes of a text of more than max_length tokens"
     )

@@ -67,7 +67,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # And those that mean nothing without it.
 OWN: dict[str, tuple[str, ...]] = {
-    "data": ("prompt", "response", "long_documents"),
+    "data": ("prompt", "response", "messages", "learnt_roles", "long_documents"),
     "teacher": ("next_tokens",),
     "student": ("tie_embeddings",),
     "evaluate": ("samples", "sample_tokens"),
@@ -131,19 +131,24 @@ def _first_set(config: Any, names: dict[str, tuple[str, ...]]) -> str | None:
 
 
 def _check_columns(data: Any) -> None:
-    """Documents come from one column, or from two."""
+    """Documents come from one column of texts or chats, or from two of prompts and responses."""
     if (data.prompt is None) != (data.response is None):
         raise ValueError("data.prompt and data.response name two columns of the same rows; give both, or neither")
-    if data.prompt is None:
-        return
-    if data.prompt == data.response:
+    if data.prompt is not None and data.prompt == data.response:
         raise ValueError(f"data.prompt and data.response name the same column, {data.prompt!r}; each needs its own")
+    if data.prompt is not None and data.messages is not None:
+        raise ValueError("data.messages and data.prompt both say what is read; remove one")
+    named = "data.messages" if data.messages is not None else "data.prompt and data.response"
+    if data.messages is None and data.learnt_roles != type(data).model_fields["learnt_roles"].default:
+        raise ValueError("data.learnt_roles means nothing without data.messages; remove it")
+    if not data.learnt_roles:
+        raise ValueError("data.learnt_roles is an empty list, so that nothing would be learnt; name a role")
+    if data.prompt is None and data.messages is None:
+        return
     if data.text != type(data).model_fields["text"].default:
-        raise ValueError("data.text means nothing with data.prompt and data.response; remove it")
+        raise ValueError(f"data.text means nothing with {named}; remove it")
     if data.long_documents != type(data).model_fields["long_documents"].default:
-        raise ValueError(
-            "data.long_documents means nothing with data.prompt and data.response, which are always cut; remove it"
-        )
+        raise ValueError(f"data.long_documents means nothing with {named}, which are always cut; remove it")
 
 
 def _check_student(student: Any) -> None:

@@ -1,9 +1,10 @@
-"""The user's documents for a language model: texts, or prompts with responses, and the rows of tokens they become.
+"""The user's documents for a language model: texts, prompts with responses, chats, and the rows of tokens they become.
 
 A text is learnt from as a whole: every token but its first is predicted. Of a prompt with its response the response is.
 Where the tokenizer has them, a token that begins a document and one that ends it stand around both; the end is
 learnt. Prompt and response are tokenised apart and put together as they are, so that where the response begins does
-not depend on what stands there.
+not depend on what stands there. Of a chat, written by the tokenizer's template alone, the messages of some roles are
+learnt (`data/chats.py`).
 
 A text longer than a row is split into rows that share one token: the last of one is the first of the next, which is
 read and not learnt, so that every token of a text but its first is predicted once. With `cut`, and for a response that
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raydistill.data.chats import Messages, read_messages, segments
 from raydistill.data.sources import Dropped, Fields, Reason, Source, read_values
 
 CHUNK_DOCUMENTS = 256
@@ -29,12 +31,13 @@ NOTHING_LEARNT: Reason = "no token to learn from"
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text (prompt is None) or a prompt with its response, and where it stands."""
+    """A text (prompt is None), a prompt with its response, or a chat, and where it stands."""
 
     prompt: str | None
     text: str
     file: int
     number: int
+    messages: Messages = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Rules:
     tokenizer: Any
     max_length: int
     splits: bool
+    learnt_roles: tuple[str, ...] = ("assistant",)
     begin: tuple[int, ...] = field(init=False)
     end: tuple[int, ...] = field(init=False)
 
@@ -73,7 +77,10 @@ class Rules:
             object.__setattr__(self, name, () if token is None else (int(token),))
 
     def tokenised(self, documents: Sequence[Document]) -> Iterator[Tokenised]:
-        """The rows of every document, in order."""
+        """The rows of every document, in order; documents are of one kind."""
+        if documents and documents[0].messages:
+            yield from map(self._chat, documents)
+            return
         texts = self._ids([document.text for document in documents])
         prompts = self._ids([document.prompt or "" for document in documents])
         for document, prompt, text in zip(documents, prompts, texts, strict=True):
@@ -84,6 +91,18 @@ class Rules:
             learnt = np.arange(len(tokens)) >= max(1, len(self.begin) + len(prompt))
             row = TokenRow(tokens[: self.max_length], learnt[: self.max_length])
             yield Tokenised(document, (row,) if row.learnt else (), len(tokens) > self.max_length)
+
+    def _chat(self, document: Document) -> Tokenised:
+        """A chat as one row; without rows where the template refuses it or nothing of it is learnt."""
+        parts = segments(self.tokenizer, document.messages, self.learnt_roles)
+        if parts is None:
+            return Tokenised(document, (), False)
+        ids = self._ids([part.text for part in parts])
+        tokens = np.array([token for part in ids for token in part], np.int32)
+        learnt = np.repeat(np.array([part.is_learnt for part in parts], bool), [len(part) for part in ids])
+        learnt[:1] = False
+        row = TokenRow(tokens[: self.max_length], learnt[: self.max_length])
+        return Tokenised(document, (row,) if row.learnt else (), len(tokens) > self.max_length)
 
     def _of_text(self, tokens: npt.NDArray[np.int32]) -> Iterator[TokenRow]:
         step = self.max_length - 1
@@ -99,15 +118,25 @@ class Rules:
 
 
 def read_documents(source: Source, fields: Fields) -> Iterator[Document | Dropped]:
-    """Every row of the source in order; `fields` names one column of texts, or those of prompts and responses."""
+    """Every row of the source in order; `fields` names a column of texts or chats, or one of prompts and responses."""
     for file, number, values in read_values(source, fields):
         if values is None:
             yield Dropped("malformed", file, number)
+        elif not fields.texts:
+            yield _read_chat(values[0], file, number, fields.max_row_bytes)
         elif reason := _problem(values, fields.max_row_bytes):
             yield Dropped(reason, file, number)
         else:
             *prompt, text = values
             yield Document(prompt[0] if prompt else None, text, file, number)
+
+
+def _read_chat(value: Any, file: int, number: int, max_bytes: int) -> Document | Dropped:
+    if (messages := read_messages(value)) is None:
+        return Dropped("messages are malformed", file, number)
+    text = "\n".join(content for _, content in messages)
+    reason = _problem((text,), max_bytes)
+    return Dropped(reason, file, number) if reason else Document(None, text, file, number, messages)
 
 
 def _problem(values: tuple[Any, ...], max_bytes: int) -> Reason | None:

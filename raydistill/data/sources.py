@@ -26,7 +26,7 @@ from raydistill.errors import UserError, first_line
 
 Reason = Literal[
     "empty text", "null text", "text is not text", "over max_row_bytes", "null label", "label is not a name",
-    "malformed", "no token to learn from",
+    "malformed", "no token to learn from", "messages are malformed", "the template refuses the messages",
 ]  # fmt: skip
 PARQUET_BATCH_ROWS = 1024
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())

@@ -15,6 +15,7 @@ from raydistill.stages.cluster import Resources
 from raydistill.stages.language import checks as language_checks
 from raydistill.stages.language import evaluate as language_evaluate
 from raydistill.stages.language import prepare as language_prepare
+from raydistill.stages.language import survey as language_survey
 from raydistill.stages.language import teach as language_teach
 from raydistill.stages.progress import Progress
 
@@ -63,7 +64,7 @@ CLASSES = Task(
     evaluate=evaluate.evaluate,
 )
 LANGUAGE = Task(
-    survey=language_prepare.survey_texts,
+    survey=language_survey.survey_texts,
     standing_data=language_prepare.standing_texts,
     data_plan=language_prepare.texts_plan,
     prepare=language_prepare.prepare_texts,

@@ -16,7 +16,7 @@ from raydistill.losses.sparse_divergences import check_sparse_loss
 from raydistill.models import check_length, empty_language_model, find_model, refuse_adapter, shape_of
 from raydistill.record.run import Run
 from raydistill.stages.language.objective import token_objective
-from raydistill.stages.language.prepare import SurveyedTexts
+from raydistill.stages.language.survey import SurveyedTexts
 from raydistill.stages.language.teach import next_tokens
 from raydistill.stages.preflight import check_lender
 from raydistill.stages.progress import size
@@ -72,7 +72,7 @@ def _check_pretrained(config: Config, teacher: Path) -> None:
     _check_model("student.model", folder, empty_language_model_on_meta("student.model", folder))
     theirs = load_tokenizer(teacher, "teacher.model", pads=False)
     ours = load_tokenizer(folder, "student.model", pads=False)
-    if found := difference(theirs, ours):
+    if found := difference(theirs, ours, template=config.data.messages is not None):
         raise UserError(
             f"student.model: {folder}: its tokenizer is not the teacher's: {found}. Choose a student with the teacher's"
             " tokenizer, or init: config or teacher_layers"

@@ -7,10 +7,8 @@ anything is written, and one that writes. Of a document memory holds a few numbe
 from __future__ import annotations
 
 import time
-from array import array
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,137 +16,26 @@ import numpy as np
 from raydistill.cache.alphabet import Alphabet
 from raydistill.cache.next_tokens import ALPHABET
 from raydistill.config.run import Config
-from raydistill.data.documents import Rules, Tokenised, read_documents, tokenise_documents
+from raydistill.data.documents import Tokenised, read_documents, tokenise_documents
 from raydistill.data.duplicates import TextIndex
-from raydistill.data.sources import Dropped, Fields, Source, find_sources
-from raydistill.data.splits import ValidationDraw
+from raydistill.data.sources import Dropped
 from raydistill.data.token_shards import TokenShardWriter
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models import find_model, tokenizer_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest, committed_shard
-from raydistill.record.fingerprint import Plan
+from raydistill.record.fingerprint import Plan, digest
 from raydistill.record.run import Run
+from raydistill.stages.language.survey import (
+    SPLITS,
+    SurveyedTexts,
+    drawn_documents,
+    fields_of,
+    find_split,
+    own_splits,
+    rules_of,
+)
 from raydistill.stages.progress import Progress
-
-SPLITS = ("train", "validation", "test")
-COUNTS = ("documents", "rows", "tokens", "learnt", "long")
-
-
-@dataclass
-class Survey:
-    """A first pass over a source: numbers of every usable document, and of the dropped ones by reason."""
-
-    rows: array[int] = field(default_factory=lambda: array("l"))
-    tokens: array[int] = field(default_factory=lambda: array("l"))
-    learnt: array[int] = field(default_factory=lambda: array("l"))
-    long: array[int] = field(default_factory=lambda: array("l"))
-    dropped: Counter[str] = field(default_factory=Counter)
-    first_dropped: str = ""
-
-    def add(self, found: Tokenised) -> None:
-        self.rows.append(len(found.rows))
-        self.tokens.append(sum(len(row.tokens_L) for row in found.rows))
-        self.learnt.append(sum(row.learnt for row in found.rows))
-        self.long.append(found.is_long)
-
-    def counts(self, chosen: np.ndarray) -> dict[str, int]:
-        """COUNTS of the chosen documents."""
-        of = {name: int(np.array(getattr(self, name), np.int64)[chosen].sum()) for name in COUNTS[1:]}
-        return {"documents": int(chosen.sum()), **of}
-
-
-@dataclass(frozen=True)
-class SurveyedTexts:
-    """The sources after the first pass."""
-
-    sources: dict[str, Source]
-    found: dict[str, Survey]
-    counts: dict[str, dict[str, int]]  # of every split, COUNTS
-    vocabulary: int
-
-    @property
-    def rows(self) -> dict[str, int]:
-        return {split: counts["rows"] for split, counts in self.counts.items()}
-
-    @property
-    def labels(self) -> list[str]:
-        """None: what a language model predicts are tokens."""
-        return []
-
-
-def fields_of(config: Config) -> Fields:
-    """The columns that documents are read from."""
-    data = config.data
-    columns = (("data.text", data.text),)
-    if data.prompt is not None and data.response is not None:
-        columns = (("data.prompt", data.prompt), ("data.response", data.response))
-    return Fields(columns, len(columns), data.delimiter, data.max_row_bytes)
-
-
-def rules_of(config: Config) -> Rules:
-    """How documents become rows, with the teacher's tokenizer."""
-    folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
-    tokenizer = load_tokenizer(folder, "teacher.model", pads=False)
-    return Rules(tokenizer, config.data.max_length, splits=config.data.long_documents == "split")
-
-
-def survey_texts(config: Config, progress: Progress) -> SurveyedTexts:
-    """The first pass: everything about the sources that can be wrong is found here."""
-    rules, fields = rules_of(config), fields_of(config)
-    sources = {split: _find(config, split) for split in _splits(config)}
-    found = {
-        split: _survey(source, fields, rules, config.data.max_dropped, progress) for split, source in sources.items()
-    }
-    counts = {split: survey.counts(np.ones(len(survey.rows), bool)) for split, survey in found.items()}
-    if "validation" not in sources:
-        drawn = _drawn(config, found["train"])
-        if not drawn.any():
-            raise UserError(
-                f"data.validation: a share of {config.data.validation} of {len(drawn)} documents draws none."
-                " Raise it, or give a validation file"
-            )
-        counts |= {"train": found["train"].counts(~drawn), "validation": found["train"].counts(drawn)}
-    return SurveyedTexts(sources, found, {split: counts[split] for split in SPLITS}, len(rules.tokenizer))
-
-
-def _survey(source: Source, fields: Fields, rules: Rules, max_dropped: float, progress: Progress) -> Survey:
-    found = Survey()
-    for one in tokenise_documents(read_documents(source, fields), rules):
-        if isinstance(one, Dropped):
-            found.dropped[one.reason] += 1
-            found.first_dropped = found.first_dropped or f"{source.files[one.file]}: row {one.number}: {one.reason}"
-        else:
-            found.add(one)
-        if (len(found.rows) + found.dropped.total()) % 4096 == 0:
-            progress.check()
-    dropped, used = found.dropped.total(), len(found.rows)
-    if not used:
-        reason = f"; {found.first_dropped}" if dropped else ""
-        raise UserError(f"{source.setting}: {source.files[0]}: has no usable rows ({dropped} dropped{reason})")
-    if dropped > max_dropped * (dropped + used):
-        raise UserError(
-            f"{source.setting}: {found.first_dropped}; {dropped} of {dropped + used} rows cannot be used."
-            " Mend the file, or raise data.max_dropped"
-        )
-    return found
-
-
-def _drawn(config: Config, train: Survey) -> np.ndarray:
-    """Which of train's usable documents are for validation: whole documents, so that none is in both."""
-    share, documents = config.data.validation, len(train.rows)
-    assert not isinstance(share, str)
-    draw = ValidationDraw(Counter({"": documents}), share, config.data.split_seed)
-    return np.array([draw.takes("") for _ in range(documents)])
-
-
-def _splits(config: Config) -> list[str]:
-    """The splits that have sources of their own."""
-    return ["train", "test", *(["validation"] if isinstance(config.data.validation, str) else [])]
-
-
-def _find(config: Config, split: str) -> Source:
-    return find_sources(f"data.{split}", (getattr(config.data, split),))
 
 
 def texts_plan(config: Config, surveyed: SurveyedTexts) -> Plan:
@@ -171,7 +58,16 @@ def _settings(config: Config) -> dict[str, Any]:
         **{f"data.{name}": getattr(data, name) for name in names},
         "data.validation": "a source" if isinstance(data.validation, str) else data.validation,
         "tokenizer_sha256": tokenizer_identity(folder),
+        **_chat_settings(config, folder),
     }
+
+
+def _chat_settings(config: Config, folder: Path) -> dict[str, Any]:
+    """What determines how chats are written: the template may stand in a file of its own."""
+    if config.data.messages is None:
+        return {}
+    template = load_tokenizer(folder, "teacher.model", pads=False).chat_template
+    return {"data.learnt_roles": list(config.data.learnt_roles), "chat_template_sha256": digest(template)}
 
 
 def standing_texts(config: Config, run: Run) -> Manifest | None:
@@ -179,7 +75,7 @@ def standing_texts(config: Config, run: Run) -> Manifest | None:
     plan, manifest = run.plan("data"), run.complete("data")
     if plan is None or manifest is None or run.redo == "prepare":
         return None
-    sources = {split: _find(config, split).identity() for split in _splits(config)}
+    sources = {split: find_split(config, split).identity() for split in own_splits(config)}
     asked = {"sources_sha256": dict(sorted(sources.items())), **_settings(config)}
     return manifest if all(plan.inputs.get(name) == value for name, value in asked.items()) else None
 
@@ -199,7 +95,7 @@ def prepare_texts(config: Config, run: Run, surveyed: SurveyedTexts | None, prog
     assert plan is not None
     entries, repeated = _write(config, run, surveyed, plan.fingerprint, progress)
     for split, source in surveyed.sources.items():
-        if _find(config, split).sha256 != source.sha256:
+        if find_split(config, split).sha256 != source.sha256:
             raise UserError(f"{source.setting}: {source.files[0]}: changed while it was read. Use --redo prepare")
     facts = {
         "labels": [],
@@ -208,7 +104,7 @@ def prepare_texts(config: Config, run: Run, surveyed: SurveyedTexts | None, prog
         "vocabulary": surveyed.vocabulary,
         "dropped": {split: dict(sorted(found.dropped.items())) for split, found in surveyed.found.items()},
         "repeated": repeated,
-        "splits_long": config.data.long_documents == "split" and config.data.prompt is None,
+        "splits_long": config.data.long_documents == "split" and fields_of(config).settings == "data.text",
         "files": {split: list(source.files) for split, source in surveyed.sources.items()},
     }
     manifest = commit_manifest(run.store, "data", plan.fingerprint, entries, facts)
@@ -253,7 +149,7 @@ def _placed(config: Config, surveyed: SurveyedTexts) -> Iterator[tuple[str, Toke
     rules, fields = rules_of(config), fields_of(config)
     for split, source in surveyed.sources.items():
         drawn = (
-            _drawn(config, surveyed.found["train"])
+            drawn_documents(config, surveyed.found["train"])
             if split == "train" and "validation" not in surveyed.sources
             else None
         )

@@ -1,0 +1,70 @@
+"""Chats as text by a tokenizer's template, and which parts of it are learnt.
+
+A template is rendered for the first message, for the first two, and so on: what is added is that message, with what the
+template puts around it. Of a message that is learnt and that the model is to write, what the template puts
+before its own text (the generation prompt) is read and not learnt; what ends it is learnt, so that the model ends too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+Messages = tuple[tuple[str, str], ...]
+WRITER = "assistant"  # whose messages templates put a generation prompt before
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a rendered chat, and whether it is learnt."""
+
+    text: str
+    is_learnt: bool
+
+
+def read_messages(value: Any) -> Messages | None:
+    """(role, content) of every message of a list, or of one written as JSON; None for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(value, list) or not value:
+        return None
+    pairs = [(one.get("role"), one.get("content")) if isinstance(one, dict) else (None, None) for one in value]
+    if not all(isinstance(role, str) and isinstance(content, str) for role, content in pairs):
+        return None
+    return tuple((str(role), str(content)) for role, content in pairs)
+
+
+def segments(tokenizer: Any, messages: Messages, learnt_roles: Collection[str]) -> list[Segment] | None:
+    """The chat from its first part to its last.
+
+    None for a chat that the template refuses, or whose earlier messages it writes otherwise once later ones follow.
+    """
+    found: list[Segment] = []
+    before = ""
+    for number, (role, _) in enumerate(messages, 1):
+        is_learnt, is_last = role in learnt_roles, number == len(messages)
+        whole = _rendered(tokenizer, messages[:number])
+        if whole is None and not is_learnt and not is_last:
+            continue  # such as a system message that some templates take with the user's first one alone
+        if whole is None or not whole.startswith(before):
+            return None
+        start = _rendered(tokenizer, messages[: number - 1], prompts=True) if is_learnt and role == WRITER else None
+        if start is not None and start.startswith(before) and whole.startswith(start):
+            found.append(Segment(start.removeprefix(before), False))
+            before = start
+        found.append(Segment(whole.removeprefix(before), is_learnt))
+        before = whole
+    return found
+
+
+def _rendered(tokenizer: Any, messages: Messages, *, prompts: bool = False) -> str | None:
+    chat = [{"role": role, "content": content} for role, content in messages]
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompts)
+    except Exception:  # a template raises what its author chose
+        return None
