@@ -11,18 +11,20 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 
 from raydistill.config.file import load_config
 from raydistill.config.run import Config
 from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.record.run import STAGES, clear, find_run, leftovers, verify
-from raydistill.stages.progress import Progress, size
+from raydistill.stages.progress import Overview, Progress, size
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -168,13 +170,40 @@ def _stages(config: Config, stages: tuple[str, ...], redo: str | None) -> None:
 
     if redo and redo not in STAGES:
         raise UserError(f"--redo: found {redo!r}; it takes one of {', '.join(STAGES)}")
-    report = run_stages(config, stages, Progress(out.print), redo=redo)
+    progress = TerminalProgress(out.print) if out.is_terminal else Progress(out.print)
+    report = run_stages(config, stages, progress, redo=redo)
     folder = f"{config.storage.rstrip('/')}/{config.name}"
     if report is not None:
         print_report(report)
         out.print(f"report: {folder}/report/report.html\nstudent: {folder}/student")
     else:
         out.print(f"done; raydistill status {shlex.quote(folder)} says what is next")
+
+
+class TerminalProgress(Progress):
+    """Draws what a stage is doing as a table below the lines, where there is a terminal to draw on."""
+
+    _draws = False
+
+    @contextlib.contextmanager
+    def showing(self, overview: Callable[[], Overview]) -> Iterator[None]:
+        with Live(get_renderable=lambda: _drawn(overview()), console=out, refresh_per_second=2):
+            self._draws = True
+            try:
+                yield
+            finally:
+                self._draws = False
+
+    def note(self, line: str) -> None:
+        if not self._draws:
+            self.say(line)
+
+
+def _drawn(overview: Overview) -> Table:
+    table = Table(*overview.columns, title=overview.title, title_justify="left", box=None)
+    for row in overview.rows:
+        table.add_row(*row)
+    return table
 
 
 def print_report(report: dict[str, Any]) -> None:

@@ -89,6 +89,17 @@ def test_a_short_file_gets_the_defaults(file: Path):
     assert config.teacher.fine_tune is None
 
 
+def test_a_stage_may_say_yes_to_what_is_optional():
+    # The check that true is no number took `true` for one where a setting may also be absent.
+    tree = {
+        "name": "a", "data": {"train": "a.csv", "test": "b.csv"}, "teacher": {"model": "t"},
+        "train": {"stages": [{"name": "one", "group_by_length": True}]},
+    }  # fmt: skip
+    found = validate(tree, {}, "test").train.stages
+    assert found is not None
+    assert found[0].group_by_length is True
+
+
 def merged(tree: typing.Any, more: typing.Any) -> typing.Any:
     """Sections joined, at every level; anything else replaced."""
     if not isinstance(tree, dict) or not isinstance(more, dict) or "init" in more:  # another student altogether

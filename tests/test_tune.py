@@ -26,6 +26,7 @@ RATES = [1e-3, 1e-2, 3e-3, 3e-2]
 SEARCH = {
     "tune.search": "grid", "tune.space": {"train.learning_rate": {"choice": RATES}}, "tune.data_fraction": 0.5,
     "tune.metric": "nll", "tune.generation": 2, "tune.reduction_factor": 2, "train.epochs": 4, "train.metric": "nll",
+    "tune.fused": False,  # tests/test_fused_search.py has the others
 }  # fmt: skip
 WHOLE = {name: value for name, value in SEARCH.items() if name != "tune.reduction_factor"} | {"tune.scheduler": "none"}
 
@@ -234,15 +235,17 @@ def test_train_takes_the_winners_settings(runs, whole: Path):
     assert manifest.facts["steps"] == 4 * 4  # all 54 rows
 
 
-def test_a_search_opens_no_test_rows_and_train_waits_for_it(runs):
+def test_train_waits_for_the_search_and_neither_looks_at_test_rows(runs):
     folder = runs.start("train")
-    tests = list((folder / "data").glob("test-*.parquet"))
-    assert tests
-    for path in tests:
-        path.unlink()
+    assert list((folder / "data").glob("test-*.parquet"))
     unfinished = runs.run(folder, "train", changes=SEARCH)
     assert "tune: is not complete. Run `raydistill tune` with its config first" in unfinished["error"]
-    assert runs.run(folder, "tune", "train", changes=SEARCH)["error"] is None
+    for changes in (SEARCH, SEARCH | {"tune.fused": "auto"}):
+        folder = runs.start("train")
+        assert runs.run(folder, "tune", "train", changes=changes, refused="test-*")["error"] is None
+    # Who compares does look at them.
+    with pytest.raises(AssertionError, match="was opened"):
+        runs.run(folder, "evaluate", changes=changes, refused="test-*")
 
 
 def test_trials_learn_from_cached_features_of_the_share(runs):
@@ -269,14 +272,20 @@ def on_ray(runs: Any, like: Path) -> tuple[Path, list[str]]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
-def test_trials_on_ray_tune_two_at_once_find_the_same(runs, halved: tuple[Path, dict[str, Any]]):
-    folder, command = on_ray(runs, halved[0])
+def test_trials_on_ray_tune_two_at_once_find_the_same(runs):
+    # Of each generation of four, three trials of one batch size are a group, and one is trained alone, or two are two.
+    space = {"train.batch_size": {"choice": [8, 16]}, "train.learning_rate": {"choice": RATES[:3]}}
+    changes = SEARCH | {"tune.space": space, "tune.generation": 4, "tune.fused": "auto", "train.epochs": 3}
+    expected, answer = searched(runs, changes)
+    assert answer["error"] is None
+    folder, command = on_ray(runs, expected)
     environment = {**os.environ, "RAY_worker_niceness": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=1000, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "teacher forwards per row 1" in done.stdout
-    assert table(folder) == table(halved[0])
-    assert curves(folder) == curves(halved[0])
+    assert table(folder) == table(expected)
+    assert curves(folder) == curves(expected)
+    assert len(list(folder.glob("tune/groups/*/group.json"))) == 2
     assert not list(folder.glob("tune/.ray"))
 
 

@@ -39,6 +39,15 @@ def test_a_space_is_read_and_written_back():
     assert again == found
 
 
+@pytest.mark.parametrize("asked", ["auto", True, False])
+def test_fused_is_auto_or_a_yes_or_a_no_and_changes_no_search_that_did_not_ask(asked: bool | str):
+    found = config({"space": SPACE, "trials": 5, "fused": asked}).tune
+    assert found is not None
+    assert found.fused is asked or found.fused == asked == "auto"
+    assert ("fused" in identity(found)) == (asked != "auto")
+    assert "fused_members" not in identity(found)
+
+
 def test_the_command_line_writes_a_space_in_sections(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text("name: a\ndata: {train: a.csv, test: b.csv}\nteacher: {model: t}\ntune: {space: {}, trials: 3}\n")
@@ -150,6 +159,13 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("KL as the metric", {"space": SPACE, "trials": 5, "metric": "kl"}, "tune.metric: found 'kl'"),
     ("micro F1 of one label", {"space": SPACE, "trials": 5, "metric": "micro_f1"}, "tune.metric: micro_f1 is accuracy"),
     ("no rows", {"space": SPACE, "trials": 5, "data_fraction": 0}, "tune.data_fraction: found 0"),
+    ("neither fused nor not", {"space": SPACE, "trials": 5, "fused": "maybe"},
+     "tune.fused: found 'maybe' (text); it should be auto, true or false"),
+    ("a group of one", {"space": SPACE, "trials": 5, "fused_members": 1}, "tune.fused_members: found 1"),
+    ("a group of more than a generation", {"space": SPACE, "trials": 5, "fused_members": 16},
+     "fused_members: found 16, a group is of one generation, which has 8 trials. Lower it, or raise generation"),
+    ("groups of trials that are alone", {"space": SPACE, "trials": 5, "fused_members": 4, "fused": False},
+     "fused_members means nothing with fused: false"),
 ]  # fmt: skip
 
 

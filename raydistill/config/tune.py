@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from raydistill.config.section import MAX_SEED, Section, Speed
+from raydistill.config.section import MAX_SEED, Added, Section, Speed
 
 SEARCHED = ("train", "student")  # the sections that a space may name settings of
 # None of them depends on the loss that is searched over, as KL to the teacher or the training loss would.
@@ -16,6 +16,16 @@ RungMetric = Literal["accuracy", "macro_f1", "micro_f1", "agreement", "nll"]
 KINDS = ("choice", "grid", "uniform", "loguniform", "integer")
 MAX_VALUES = 1000
 MAX_TRIALS = 10_000
+
+
+def _is_auto_or_bool(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("it should be auto, true or false")
+    return value
+
+
+# Of a union pydantic would name every member.
+Fused = Annotated[bool | Literal["auto"], BeforeValidator(_is_auto_or_bool)]
 
 
 class Dimension(Section):
@@ -143,8 +153,16 @@ class Tune(Section):
         description="trials in a row that are compared with each other at rungs; tpe proposes their points together",
     )
     patience: int | None = Field(default=None, ge=1, description="epochs without improvement that end a trial")
+    fused: Fused = Added(
+        "auto",
+        description="whether trials are trained together as one stacked model; auto: those that gain from it; true: all"
+        " of them, or an error that says why not",
+    )
+    fused_members: int = Added(8, ge=2, le=256, description="trials of a generation that a fused group has at most")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of points and of the rows in the share of train")
-    max_concurrent: int | None = Speed(None, ge=1, le=4096, description="trials at once; absent: what the cluster has")
+    max_concurrent: int | None = Speed(
+        None, ge=1, le=4096, description="processes at once, each with a trial or a fused group; absent: what fits"
+    )
     time_budget: float | None = Speed(None, gt=0, description="seconds after which a search ends with what it has")
 
     @property
@@ -190,4 +208,17 @@ class Tune(Section):
         }.items():  # fmt: skip
             if getattr(self, name) != type(self).model_fields[name].default and self.scheduler not in schedulers:
                 raise ValueError(f"{name} means nothing with scheduler: {self.scheduler}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit_generations(self) -> Tune:
+        if self.fused_members == type(self).model_fields["fused_members"].default:
+            return self
+        if self.fused is False:
+            raise ValueError("fused_members means nothing with fused: false; remove it")
+        if self.fused_members > self.generation:
+            raise ValueError(
+                f"fused_members: found {self.fused_members}, a group is of one generation, which has"
+                f" {self.generation} trials. Lower it, or raise generation"
+            )
         return self

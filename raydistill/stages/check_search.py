@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
 from typing import Any
 
 from raydistill.config.points import corners, with_point
@@ -14,10 +16,14 @@ from raydistill.record.fingerprint import digest
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources
 from raydistill.stages.feature_cache import needed_features
+from raydistill.stages.fusable import why_not_fused, why_not_together
 from raydistill.stages.preflight import check_features, check_models
+from raydistill.stages.search_cost import count_groups
+from raydistill.stages.trial import trial_config
 from raydistill.stages.trial_runs import share_for_trials
 from raydistill.stages.tune import check_count, tune_plan
 from raydistill.stages.unfreezing import check_unfreezing
+from raydistill.students.build import student_shape
 
 
 def check_search(config: Config, run: Run, labels: list[str]) -> None:
@@ -38,9 +44,22 @@ def check_search(config: Config, run: Run, labels: list[str]) -> None:
             check_features(made, teacher)
             check_unfreezing(made, teacher, labels)
             _check_trial(made, kept, teacher)
+            if config.tune.fused is True:
+                _check_fused(trial_config(config, point, fused=True), teacher)
         except UserError as error:
             values = ", ".join(f"{name}={value}" for name, value in point.items())
             raise UserError(f"tune.space: {values}: {error}") from None
+    if config.tune.fused is True and count_groups(config, teacher) == 0:
+        several = [trial_config(config, point, fused=True) for point in itertools.islice(corners(config.tune.space), 2)]
+        reason = why_not_together(several) or "there is one"
+        raise UserError(f"tune.fused: true, and no two trials can be trained together: {reason}. Set tune.fused=auto")
+
+
+def _check_fused(config: Config, teacher: Path) -> None:
+    """That a trial can be a member of a stack, where tune.fused asks for it."""
+    reason = why_not_fused(config, student_shape(config.student, teacher).model_type)
+    if reason is not None:
+        raise UserError(f"tune.fused: true, and {reason}. Change it, or set tune.fused=auto")
 
 
 def _check_trial(config: Config, kept: tuple[str, ...], teacher: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from raydistill.config.run import Config
 from raydistill.config.training import DeepSpeed, Training
 from raydistill.fused.architectures import ARCHITECTURES
+from raydistill.models import Shape
 from raydistill.stages.steps import EAGER_LENGTH
 
 # Settings of `train` that each member may have its own of.
@@ -18,6 +19,9 @@ FOLLOWED = (
     *OWN, "epochs", "batch_size", "precision", "metric", "choose", "patience", "checkpoint_every", "log_every",
     "cpus_per_worker", "max_failures", "group_by_length",
 )  # fmt: skip
+
+# Units of a student that auto still fuses: benchmarks/fused.py found wider ones no faster in a stack (docs/log.md).
+WIDEST = 512
 
 
 def why_not_fused(config: Config, model_type: str) -> str | None:
@@ -40,6 +44,14 @@ def why_not_fused(config: Config, model_type: str) -> str | None:
     if config.data.max_length > EAGER_LENGTH:
         return f"data.max_length: rows of more than {EAGER_LENGTH} tokens are faster alone"
     return None
+
+
+def why_separate(config: Config, shape: Shape, asked: bool | str) -> str | None:
+    """Why a trial is trained alone with `tune.fused`: it cannot be fused or, with auto, would not gain."""
+    reason = why_not_fused(config, shape.model_type)
+    if reason is None and asked == "auto" and shape.width > WIDEST:
+        return f"student: {shape.width} units wide; fused trials gain up to {WIDEST}"
+    return reason
 
 
 def why_not_together(configs: Sequence[Config]) -> str | None:

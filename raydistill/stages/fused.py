@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from raydistill.config.training import Training
-from raydistill.data.loader import Batch
+from raydistill.data.loader import Batch, Split
 from raydistill.data.order import steps_per_epoch
 from raydistill.fused.optimizer import MemberOptimizer
 from raydistill.fused.stack import Stack
@@ -33,11 +33,13 @@ Metrics = dict[str, float]
 
 @dataclass
 class GroupState(State):
-    """Where a group stands: who is left, what every member reached after each epoch, and why some failed."""
+    """Where a group stands: who is left, what each member reached after each epoch and took, and why some failed."""
 
     members: list[str] = field(default_factory=list[str])
     history: dict[str, list[Metrics]] = field(default_factory=dict[str, list[Metrics]])
     failed: dict[str, str] = field(default_factory=dict[str, str])
+    steps_of: dict[str, int] = field(default_factory=dict[str, int])
+    seconds_of: dict[str, float] = field(default_factory=dict[str, float])
 
 
 class FusedGroup:
@@ -132,13 +134,12 @@ class FusedGroup:
 
     @property
     def step(self) -> int:
-        """Optimiser steps of each member so far."""
+        """Optimiser steps of each member that is left so far."""
         return self._state.step
 
-    @property
-    def seconds(self) -> float:
-        """Of all steps so far, those before a stop too."""
-        return self._state.seconds
+    def taken(self, member: str) -> tuple[int, float]:
+        """A member's optimiser steps and its part of the seconds that they took, those before a stop too."""
+        return self._state.steps_of.get(member, 0), self._state.seconds_of.get(member, 0.0)
 
     @property
     def finished(self) -> bool:
@@ -185,8 +186,9 @@ class FusedGroup:
         return self._stack.member_weights(self._state.members.index(member))
 
     def close(self) -> None:
+        """Lets go. All that counts was saved after the last epoch, and another group may have gone on from there."""
         for report in self._reports.values():
-            report.close()
+            report.leave()
         for split in (self._rows, self._validation):
             split.close()
 
@@ -229,12 +231,14 @@ class FusedGroup:
         self._state.step = step + 1
         log_every = self._first.settings.log_every
         due = self._state.step % log_every == 0 or self._state.step % self._per_epoch == 0
-        seconds = (time.perf_counter() - started) / len(objectives)
+        share = (time.perf_counter() - started) / len(objectives)
         for number, name in enumerate(self._state.members):
             report, mine = self._reports[name], targets[batch_of[number]]
             if due:
                 report.look(objectives[number], logits_MNK[number], mine, rows)
-            report.add(losses[number].detach(), parts[number], rows, seconds, rates[number], norm_M[number])
+            report.add(losses[number].detach(), parts[number], rows, share, rates[number], norm_M[number])
+            self._state.steps_of[name] = self._state.step
+            self._state.seconds_of[name] = self._state.seconds_of.get(name, 0.0) + share
         self._state.seconds += time.perf_counter() - started
         if due:
             self._report()
@@ -253,22 +257,23 @@ class FusedGroup:
         self.drop(list(broken))
 
     def _end_of_epoch(self) -> dict[str, Metrics]:
-        found = self._validated() if self._state.members else {}
+        found = self.metrics(self._validation) if self._state.members else {}
         for name, values in found.items():
             self._state.history[name].append(values)
             self._reports[name].validation(self._state.step, self._per_epoch, values)
         self._save()
         return found
 
-    def _validated(self) -> dict[str, Metrics]:
+    def metrics(self, split: Split) -> dict[str, Metrics]:
+        """What every member that is left reaches on a split."""
         members, classes, sets = len(self._state.members), len(self._first.labels), False
         sums = torch.zeros(members, SCALARS + 3 * classes, dtype=torch.float64, device=self._device)
         with torch.no_grad():
-            for batch in self._validation.length_batches(VALIDATION_TOKENS[self._device.type]):
+            for batch in split.length_batches(VALIDATION_TOKENS[self._device.type]):
                 sets = batch.labels_N.ndim > 1
                 logits_MNK = self._stack.logits([batch.inputs], [0] * members)
                 sums += torch.stack([batch_sums(own_NK, batch, classes) for own_NK in logits_MNK])
-        found = (metrics_of(own, self._validation, sets=sets) for own in sums)
+        found = (metrics_of(own, split, sets=sets) for own in sums)
         return dict(zip(self._state.members, found, strict=True))
 
     def _save(self) -> None:

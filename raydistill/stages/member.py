@@ -84,3 +84,6 @@ class MemberReport:
 
     def close(self) -> None:
         self._curves.close()
+
+    def leave(self) -> None:
+        self._curves.leave()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from raydistill.cache.codecs import CODECS
-from raydistill.config.points import corners, with_point
 from raydistill.config.run import Config
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import STUDENT_SPLITS
@@ -28,6 +26,7 @@ from raydistill.stages.feature_cost import FeatureCost, feature_cost
 from raydistill.stages.features import feature_terms
 from raydistill.stages.prepare import Surveyed
 from raydistill.stages.progress import size
+from raydistill.stages.search_cost import SearchCost, search_cost
 from raydistill.stages.teach import teacher_dtype
 from raydistill.stages.teachers import (
     check_member,
@@ -203,7 +202,7 @@ class Cost:
     pass_bytes: int = 0
     student_forwards: int = 0
     student_cache_bytes: int = 0
-    search: tuple[int, int] | None = None  # trials, and their optimiser steps at most
+    search: SearchCost | None = None
 
     def lines(self) -> list[str]:
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
@@ -213,11 +212,7 @@ class Cost:
             f"cache: {size(self.cache_bytes)}"
             + (f", and {size(self.pass_bytes)} that it is made of" if self.pass_bytes else ""),
             f"optimiser steps at most: {steps}",
-            *(
-                [f"search: {self.search[0]:,} trials, {self.search[1]:,} steps at most; no teacher forward"]
-                if self.search
-                else []
-            ),
+            *([self.search.line()] if self.search else []),
             *(self.features.lines() if self.features else []),
             *(
                 [
@@ -247,10 +242,18 @@ def run_cost(config: Config, run: Run, surveyed: Surveyed | None) -> Cost:
     labels = data.facts["labels"] if data else surveyed.labels if surveyed else []
     folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
     learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
-    return cost(config, rows, len(labels), feature_cost(config, run, surveyed, folder, learnt))
+    features = feature_cost(config, run, surveyed, folder, learnt)
+    searched = search_cost(config, learnt, folder) if config.tune is not None else None
+    return cost(config, rows, len(labels), features, searched)
 
 
-def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCost | None = None) -> Cost:
+def cost(
+    config: Config,
+    rows: dict[str, int],
+    classes: int,
+    features: FeatureCost | None = None,
+    search: SearchCost | None = None,
+) -> Cost:
     """The cost of a run over these rows."""
     per_class, per_row = CODEC_BYTES[config.teacher.codec]
     scored = sum(count for split, count in rows.items() if split != "test")
@@ -279,15 +282,5 @@ def cost(config: Config, rows: dict[str, int], classes: int, features: FeatureCo
         pass_bytes=4 * classes * scored * teachers if teachers > 1 or folds else 0,
         student_forwards=len(own) * scored + epochs_beside * learnt,
         student_cache_bytes=len(own) * scored * (classes * per_class + per_row),
-        search=search_cost(config, learnt) if config.tune is not None else None,
+        search=search,
     )
-
-
-def search_cost(config: Config, rows: int) -> tuple[int, int]:
-    """Trials of a search over so many rows, and the optimiser steps that they take if none is stopped."""
-    assert config.tune is not None
-    most = max(
-        made.train.epochs * steps_per_epoch(math.ceil(rows * config.tune.data_fraction), made.train.batch_size)
-        for made in (with_point(config, point) for point in corners(config.tune.space))
-    )
-    return config.tune.num_trials, config.tune.num_trials * most

@@ -8,12 +8,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from raydistill.errors import Interrupted
 
 GRACE_SECONDS = 8.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Overview:
+    """What a stage is doing, as a table of texts."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
 class Progress:
@@ -43,6 +53,15 @@ class Progress:
         if total is not None and not finished and rate > 0:
             text += f", {'at most ' if is_first else ''}{duration((total - done) / rate)} left"
         self.say(text + (f", {facts}" if facts else ""))
+
+    @contextlib.contextmanager
+    def showing(self, overview: Callable[[], Overview]) -> Iterator[None]:
+        """While a stage works: a subclass may draw what it does, made anew as it changes. `note` is silent then."""
+        yield
+
+    def note(self, line: str) -> None:
+        """Says what an overview, where one is drawn, has in it."""
+        self.say(line)
 
     @property
     def stopping(self) -> bool:

@@ -5,18 +5,20 @@ A trial is a training with a folder of its own, so that it goes on from its last
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from raydistill.config.points import with_point
 from raydistill.config.run import Config
+from raydistill.config.training import DeepSpeed
 from raydistill.data.folds import FoldRows
 from raydistill.errors import UserError, first_line, storage_problem
 from raydistill.models import ModelSource
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.record.store import Store, open_store
-from raydistill.search.space import Point, point_id
+from raydistill.search.space import point_id
 from raydistill.stages.checkpoints import Checkpoints, State
 from raydistill.stages.cluster import Resources
 from raydistill.stages.curves import read_curves
@@ -27,11 +29,53 @@ from raydistill.stages.training_job import TrainingRequest, training_job, traini
 
 FOLDER = "tune/trials"
 ROUNDED = 6  # digits of metrics
+Point = Mapping[str, Any]
 
 
-def trial_folder(number: int, point: Point) -> str:
+def trial_name(number: int, point: Point) -> str:
+    """What a trial is called: by its number and its point."""
+    return f"{number:04d}-{point_id(point)}"
+
+
+def trial_folder(name: str) -> str:
     """The folder of a trial's checkpoints, curves and record."""
-    return f"{FOLDER}/{number:04d}-{point_id(point)}"
+    return f"{FOLDER}/{name}"
+
+
+def trial_config(config: Config, point: Point, *, fused: bool = False) -> Config:
+    """The run's settings with the point's, as a trial trains with them: in one process, to its end.
+
+    Neither one worker nor its micro-batches, which are as large as those of many, change the numbers. A member of a
+    fused group takes the batches of a worker whole.
+    """
+    config = with_point(config, point)
+    workers = 1 if fused else config.train.workers
+    alone = {"workers": 1, "accumulation": config.train.accumulation * workers, "deepspeed": DeepSpeed()}
+    often = {"validate_every": None, "patience": None, "checkpoint_every": None}
+    return config.model_copy(update={"train": config.train.model_copy(update=alone | often)})
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one process trains: a trial, or those of a fused group that are left, in `kept`."""
+
+    jobs: Mapping[int, TrainingJob]  # by the trials' numbers; of all members of a group, those that are not left too
+    kept: tuple[int, ...]
+    group: str = ""  # the folder of a group's checkpoints, which are the fingerprint's
+    fingerprint: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a trial stands after its process did some work on it."""
+
+    number: int
+    curve: tuple[dict[str, float], ...]
+    steps: int
+    seconds: float
+    failed: str = ""  # why it cannot go on
+    problem: str = ""  # what the user must mend before any trial can
+    apart: str = ""  # why it cannot be trained together with others
 
 
 @dataclass(frozen=True)
@@ -44,18 +88,9 @@ class Trials:
     source: ModelSource
     rows: FoldRows | None
 
-    def config_of(self, point: Point) -> Config:
-        """The run's settings with the point's, as a trial trains with them: in one process, to its end.
-
-        Neither one worker nor its micro-batches, which are as large as those of many, change the numbers.
-        """
-        config = with_point(self.config, point)
-        alone = {"workers": 1, "accumulation": config.train.accumulation * config.train.workers}
-        often = {"validate_every": None, "patience": None, "checkpoint_every": None}
-        return config.model_copy(update={"train": config.train.model_copy(update=alone | often)})
-
-    def _request(self, point: Point) -> TrainingRequest:
-        return TrainingRequest("student", self.config_of(point), self.run, self.resources, self.source, "tune")
+    def _request(self, point: Point, *, fused: bool = False) -> TrainingRequest:
+        config = trial_config(self.config, point, fused=fused)
+        return TrainingRequest("student", config, self.run, self.resources, self.source, "tune")
 
     def plan(self, point: Point) -> Plan:
         """Everything that determines what a trial reaches."""
@@ -63,48 +98,44 @@ class Trials:
         rows = rows_plan(self.config, self.run).fingerprint if self.rows else None
         return Plan("trial", {**plan.inputs, "rows": rows})
 
-    def job(self, number: int, point: Point) -> TrainingJob:
-        """The trial as what a worker is sent."""
-        job, folder = training_job(self._request(point), self.plan(point)), trial_folder(number, point)
-        epoch_rows = job.epoch_rows
+    def job(self, number: int, point: Point, *, fused: bool = False) -> TrainingJob:
+        """The trial as what a process is sent."""
+        job = training_job(self._request(point, fused=fused), self.plan(point))
+        folder, epoch_rows = trial_folder(trial_name(number, point)), job.epoch_rows
         if self.rows is not None:
             share = self.rows.open()
             epoch_rows = sum(share.count(entry.file) for entry in share.manifest.files)
-        return replace(
-            job,
-            title=f"trial {number}",
-            folder=folder,
-            product=f"{folder}/model",
-            rows=self.rows,
-            epoch_rows=epoch_rows,
-        )
+        own = {"title": f"trial {number}", "folder": folder, "product": f"{folder}/model"}
+        return replace(job, **own, rows=self.rows, epoch_rows=epoch_rows)
+
+    def work(self, number: int, point: Point) -> Work:
+        """The trial alone as what a process trains."""
+        return Work({number: self.job(number, point)}, (number,))
 
 
 class TrialTraining:
-    """A trial under way. `step` trains an epoch; what it gives has the metrics of every epoch so far."""
+    """A trial under way, in a process of its own. `step` trains an epoch."""
 
-    def __init__(self, job: TrainingJob) -> None:
-        self._job, self._rank, self._failed = job, None, ""
+    def __init__(self, work: Work) -> None:
+        ((self._number, self._job),) = work.jobs.items()
+        self._rank: TrainingRank | None = None
         self._curve: list[dict[str, float]] = []
         self._is_new = True
 
-    def step(self) -> dict[str, Any]:
-        """The trial after one more epoch, or first of all where it stands, if it goes on after a stop.
-
-        `failed` is why the trial cannot go on; `problem` is what the user must mend before any trial can.
-        """
+    def step(self) -> list[Outcome]:
+        """The trial after one more epoch, or first of all where it stands, if it goes on after a stop."""
         try:
-            return self._step()
-        except OSError as error:
-            if (problem := storage_problem(error)) is None:
-                return self._outcome(failed=f"{type(error).__name__}: {first_line(error)}")
-            return self._outcome(problem=str(problem))
+            self._train()
         except Exception as error:  # whatever it is, it is this trial's: a row of the table, with its reason
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            reason = first_line(error).removeprefix(f"{self._job.title} training: ")
-            return self._outcome(failed=f"{kind}{reason}")
+            if isinstance(error, OSError) and (problem := storage_problem(error)) is not None:
+                return [self._outcome(problem=str(problem))]
+            return [self._outcome(failed=reason_of(error, self._job.title))]
+        return [self._outcome()]
 
-    def _step(self) -> dict[str, Any]:
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Those that go on: this one, as long as the process has it."""
+
+    def _train(self) -> None:
         if self._rank is None:
             self._rank = TrainingRank(self._job, lambda update: None, lambda: False)
             self._validations = self._rank.validations()
@@ -112,18 +143,12 @@ class TrialTraining:
         if not (self._is_new and self._curve):
             values = next(self._validations, None)
             if values is not None:
-                self._curve.append(_rounded(values))
+                self._curve.append(rounded(values))
         self._is_new = False
-        return self._outcome()
 
-    def _outcome(self, *, failed: str = "", problem: str = "") -> dict[str, Any]:
-        state = self._rank.state if self._rank is not None else None
-        latest = self._curve[-1] if self._curve else {}
-        done = bool(failed or problem) or len(self._curve) >= self._job.settings.epochs
-        return {
-            **latest, "curve": list(self._curve), "epoch": len(self._curve), "done": done, "failed": failed,
-            "problem": problem, "steps": state.step if state else 0, "seconds": state.seconds if state else 0.0,
-        }  # fmt: skip
+    def _outcome(self, **told: str) -> Outcome:
+        state = self._rank.state if self._rank is not None else State()
+        return Outcome(self._number, tuple(self._curve), state.step, state.seconds, **told)
 
     def close(self) -> None:
         """Lets go. All that counts was saved with the last checkpoint, and another process may have gone on from it."""
@@ -135,10 +160,16 @@ class TrialTraining:
             self._rank = None
 
 
+def reason_of(error: Exception, title: str = "") -> str:
+    """Why a training failed, in one line that does not name it."""
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return kind + first_line(error).removeprefix(f"{title} training: ")
+
+
 def committed_curve(store: Store, folder: str, step: int) -> list[dict[str, float]]:
     """The metrics of each epoch of a trial up to a step."""
     points = (p for p in read_curves(store, folder) if p["group"] == "validation" and p["step"] <= step)
-    return [_rounded({k: v for k, v in point.items() if k not in ("step", "epoch", "group")}) for point in points]
+    return [rounded({k: v for k, v in point.items() if k not in ("step", "epoch", "group")}) for point in points]
 
 
 def standing_curve(store: Store, folder: str, fingerprint: str) -> tuple[list[dict[str, float]], State]:
@@ -148,6 +179,6 @@ def standing_curve(store: Store, folder: str, fingerprint: str) -> tuple[list[di
     return ([], State()) if step is None else (committed_curve(store, folder, step), checkpoints.load(step).state)
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
+def rounded(values: Mapping[str, float]) -> dict[str, float]:
     """As the records hold them: so many digits that equal trainings compare as equal."""
     return {name: float(f"{value:.{ROUNDED}g}") for name, value in values.items()}

@@ -1,4 +1,5 @@
-"""Trials on Ray Tune: one process each, which stays for the next trial. Tune places them; `Search` decides.
+"""Trials on Ray Tune: a process for each, or for each fused group, which stays for the next. Tune places them, `Search`
+decides.
 
 Tune's own state is not used to go on after a stop: everything that counts stands committed in the trials' folders.
 """
@@ -15,9 +16,10 @@ from raydistill.config.run import Config
 from raydistill.errors import Interrupted, UserError
 from raydistill.record.store import Store
 from raydistill.stages.cluster import Resources, Share, ray_storage
+from raydistill.stages.group_training import training_of
 from raydistill.stages.progress import GRACE_SECONDS, Progress
 from raydistill.stages.search import Search
-from raydistill.stages.trial import Trials, TrialTraining
+from raydistill.stages.trial import Trials, Work
 
 POLL_SECONDS = 0.2
 MANY = 1_000_000  # runs that Tune may start; the search says when it is over
@@ -54,7 +56,7 @@ def run_trials(search: Search, trials: Trials, resources: Resources, progress: P
 
     thread = threading.Thread(target=fit, daemon=True, name="tune")
     thread.start()
-    progress.say(f"tune: starting up to {share.processes} trials at once, {share.cpus} CPU each")
+    progress.say(f"tune: starting up to {share.processes} processes, {share.cpus} CPU each")
     asked = None
     while thread.is_alive():
         thread.join(POLL_SECONDS)
@@ -96,16 +98,28 @@ def live_of(name: str) -> Live:
 
 
 class Board:
-    """A Ray actor that hands trials to the processes that train them."""
+    """A Ray actor that hands work to the processes, and then says which of their trials go on."""
 
     def __init__(self) -> None:
-        self._jobs: dict[int, Any] = {}
+        self._work: dict[str, Work] = {}
+        self._kept: dict[str, list[int]] = {}
 
-    def put(self, number: int, job: Any) -> None:
-        self._jobs[number] = job
+    def put(self, name: str, work: Work) -> None:
+        self._work[name] = work
 
-    def get(self, number: int) -> Any:
-        return self._jobs[number]
+    def get(self, name: str) -> Work:
+        return self._work[name]
+
+    def keep(self, name: str, numbers: list[int]) -> None:
+        self._kept[name] = numbers
+
+    def kept(self, name: str) -> list[int] | None:
+        """None before the first decision."""
+        return self._kept.get(name)
+
+    def forget(self, name: str) -> None:
+        self._work.pop(name, None)
+        self._kept.pop(name, None)
 
 
 def _tuner(
@@ -141,7 +155,7 @@ def _trainable(board: Any, threads: int) -> Any:
     from ray import tune
 
     class TrialActor(tune.Trainable):
-        """Trains a trial an epoch at a time; reset for the next trial instead of being started anew."""
+        """Trains a trial or a group an epoch at a time; reset for the next work instead of being started anew."""
 
         def setup(self, config: dict[str, Any]) -> None:
             import torch
@@ -152,11 +166,18 @@ def _trainable(board: Any, threads: int) -> Any:
         def _begin(self, config: dict[str, Any]) -> None:
             import ray
 
-            self._number = config["trial"]
-            self._training = TrialTraining(ray.get(board.get.remote(self._number)))
+            self._name = config["work"]
+            work: Any = ray.get(board.get.remote(self._name))
+            self._is_group = bool(work.group)
+            self._training = training_of(work)
 
         def step(self) -> dict[str, Any]:
-            return {**self._training.step(), "trial": self._number}
+            import ray
+
+            if self._is_group and (kept := ray.get(board.kept.remote(self._name))) is not None:
+                self._training.keep(kept)
+            outcomes = self._training.step()
+            return {"outcomes": outcomes, "epoch": max(len(outcome.curve) for outcome in outcomes)}
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self._training.close()
@@ -180,29 +201,29 @@ def _searcher(live: Live) -> Any:
     from ray.tune.search import Searcher
 
     class Points(Searcher):
-        """Gives Tune the trial that is to be trained now. A trial that had to wait comes as a new run of Tune's."""
+        """Gives Tune the work that is to be done now. Trials that had to wait come as a new run of Tune's."""
 
         def __init__(self) -> None:
             super().__init__(metric="epoch", mode="max")
-            self._numbers: dict[str, int] = {}
+            self._numbers: dict[str, tuple[int, ...]] = {}
 
         def suggest(self, trial_id: str) -> Any:
             search = live.search
-            number = search.next() if len(search.live) < live.at_once and not live.has_ended else None
-            if number is None:
+            work = search.next() if search.processes < live.at_once and not live.has_ended else None
+            if work is None:
                 return Searcher.FINISHED if search.is_over or live.has_ended else None
-            search.start(number)
-            self._numbers[trial_id] = number
-            point = dict(search.trials[number].point)
-            ray.get(live.board.put.remote(number, live.trials.job(number, point)))
-            return {"trial": number, **point}
+            search.start(work.kept)
+            self._numbers[trial_id] = work.kept
+            ray.get(live.board.put.remote(trial_id, work))
+            return {"work": trial_id}
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-            number = self._numbers.pop(trial_id)
+            numbers = self._numbers.pop(trial_id)
+            live.board.forget.remote(trial_id)
             if error:
-                live.search.lost(number, "its process ended, each time it was started")
+                live.search.lost(numbers, "its process ended, each time it was started")
             else:
-                live.search.leave(number)
+                live.search.leave(numbers)
 
         def save(self, checkpoint_path: str) -> None:
             pass
@@ -214,17 +235,17 @@ def _searcher(live: Live) -> Any:
 
 
 def _scheduler(live: Live) -> Any:
+    import ray
     from ray.tune.schedulers import FIFOScheduler
 
     class Rungs(FIFOScheduler):
-        """Passes results on; a trial that is to wait leaves its process, and comes back from its checkpoint."""
+        """Passes results on; trials that are to wait leave their process, and come back from their checkpoint."""
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            goes_on = live.search.update(result["trial"], result) == "go"
-            return self.CONTINUE if goes_on else self.STOP
-
-        def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-            if "curve" in result:
-                live.search.update(result["trial"], result)
+            kept = live.search.update(result["outcomes"])
+            if not kept:
+                return self.STOP
+            ray.get(live.board.keep.remote(trial.config["work"], kept))
+            return self.CONTINUE
 
     return Rungs()

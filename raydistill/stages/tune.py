@@ -21,6 +21,7 @@ from raydistill.stages.cluster import Resources
 from raydistill.stages.evaluate import forwards_per_row
 from raydistill.stages.progress import Progress
 from raydistill.stages.search import Search
+from raydistill.stages.search_overview import overview
 from raydistill.stages.search_report import search_facts
 from raydistill.stages.search_rows import draw_rows
 from raydistill.stages.search_tables import table_files, write_hparams
@@ -45,9 +46,12 @@ def tune(config: Config, run: Run, resources: Resources, progress: Progress) -> 
         return manifest
     source = teacher_source(config, run)
     trials = Trials(config, run, resources, source, draw_rows(config, run))
-    search = Search(trials, lambda trial: progress.say(_line(config, trial)))
+    search = Search(
+        trials, lambda trial: progress.note(_line(config, trial)), lambda line: progress.say(f"tune: {line}")
+    )  # fmt: skip
     if search.next() is not None:  # else all that is missing is the summary
-        run_trials(search, trials, resources, progress)
+        with progress.showing(lambda: overview(search, config.train.choose)):
+            run_trials(search, trials, resources, progress)
     assert search.is_over or search.has_run_out_of_time
     if manifest is not None:
         run.store.remove(f"{FOLDER}/{MANIFEST}")  # its tables are about to be written anew

@@ -8,6 +8,7 @@ would inherit half of them.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib
 import json
 import logging
@@ -36,7 +37,18 @@ from raydistill.errors import UserError
 from raydistill.record import store
 from raydistill.record.fingerprint import digest
 from raydistill.record.run import open_run
-from raydistill.stages import evaluate, fused, pipeline, scoring, teach, teachers, trainer, training_job, tune
+from raydistill.stages import (
+    evaluate,
+    fused,
+    group_training,
+    pipeline,
+    scoring,
+    teach,
+    teachers,
+    trainer,
+    training_job,
+    tune,
+)
 from raydistill.stages.cluster import Resources
 from raydistill.stages.job import TrainingJob
 from raydistill.stages.language import evaluate as language_evaluate
@@ -45,7 +57,7 @@ from raydistill.stages.latency import measure
 from raydistill.stages.loop import run_training
 from raydistill.stages.progress import Progress
 from raydistill.stages.search import Search
-from raydistill.stages.trial import Trials, TrialTraining
+from raydistill.stages.trial import Trials
 
 # What a run imports on its way, so that no child has to.
 LATE_IMPORTS = (
@@ -182,16 +194,17 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
         )
 
     def run_trials(search: Search, trials: Trials, *_: Any) -> None:
-        while (number := search.next()) is not None:
-            search.start(number)
-            training = TrialTraining(trials.job(number, dict(search.trials[number].point)))
+        while (work := search.next()) is not None:
+            search.start(work.kept)
+            training = group_training.training_of(work)
             while True:
-                result = training.step()
-                record.posts.append({"trial": number, "epochs": result["epoch"]})
-                if search.update(number, result) == "leave":
+                outcomes = training.step()
+                record.posts += [{"trial": outcome.number, "epochs": len(outcome.curve)} for outcome in outcomes]
+                if not (kept := search.update(outcomes)):
                     break
+                training.keep(kept)
             training.close()
-            search.leave(number)
+            search.leave(work.kept)
         if search.problem:
             raise UserError(search.problem)
 
@@ -201,11 +214,33 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
     language_evaluate._time_models = time_language_models
     pipeline.cluster, scoring._map_shards, trainer._fit = cluster, map_shards, fit
     tune.run_trials = run_trials
+    if request.get("no_room_for_groups"):
+        group_training.FusedGroup = no_room
+    if pattern := request.get("refused"):
+        refuse(pattern)
     evaluate._time_models = time_models
     settings = config(Path(request["folder"]), Path(request["source"]), request.get("changes", {}))
     pipeline.run_stages(
         settings, tuple(request["stages"]), Progress(record.said.append), redo=request.get("redo") or None
     )
+
+
+def no_room(*_: Any, **__: Any) -> None:
+    raise MemoryError("no room")
+
+
+def refuse(pattern: str) -> None:
+    """From now on no file whose name fits is looked at in any way."""
+
+    def refusing(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: store.LocalStore, name: str) -> Any:
+            assert not fnmatch.fnmatch(Path(name).name, pattern), f"{name} was opened"
+            return method(self, name)
+
+        return call
+
+    for name in ("exists", "size", "read", "input", "sha256", "local"):
+        setattr(store.LocalStore, name, refusing(getattr(store.LocalStore, name)))
 
 
 def fit_ranks(job: TrainingJob, record: Record) -> None:

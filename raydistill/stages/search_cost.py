@@ -1,0 +1,61 @@
+"""What a search will cost, as far as that can be known before its points are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydistill.config.points import corners, with_point
+from raydistill.config.run import Config
+from raydistill.data.order import steps_per_epoch
+from raydistill.search.space import grid
+from raydistill.stages.search_groups import grouped
+from raydistill.stages.trial import trial_config
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """Trials, the optimiser steps that they take if none is stopped, and in how many fused groups they are trained."""
+
+    trials: int
+    steps: int
+    groups: int | None  # None where that depends on points that are not drawn yet
+    members: int  # of a group, at most
+
+    def line(self) -> str:
+        together = f"fused in groups of up to {self.members} that differ in nothing else, as their points are drawn"
+        if self.groups is not None:
+            together = f"{self.groups:,} fused groups of up to {self.members}" if self.groups else "each alone"
+        return f"search: {self.trials:,} trials ({together}), {self.steps:,} steps at most; no teacher forward"
+
+
+def search_cost(config: Config, rows: int, teacher_folder: Path) -> SearchCost:
+    """The cost of the search over so many rows of train."""
+    tune = config.tune
+    assert tune is not None
+    trials = [with_point(config, point).train for point in corners(tune.space)]
+    share = math.ceil(rows * tune.data_fraction)
+    most = max(train.epochs * steps_per_epoch(share, train.batch_size) for train in trials)
+    groups = count_groups(config, teacher_folder)
+    return SearchCost(tune.num_trials, tune.num_trials * most, groups, min(tune.fused_members, tune.generation))
+
+
+def count_groups(config: Config, teacher_folder: Path) -> int | None:
+    """The fused groups of a search; None where that depends on points that are not drawn yet."""
+    tune = config.tune
+    assert tune is not None
+    configs = [trial_config(config, point, fused=True) for point in corners(tune.space)]
+    whole = tune.model_copy(update={"fused_members": max(2, len(configs))})
+    kinds = grouped(dict(enumerate(configs)), teacher_folder, whole)
+    if not kinds:
+        return 0
+    if tune.search == "grid":
+        configs = [trial_config(config, point, fused=True) for point in grid(tune.space)]
+    elif len(kinds[0]) == len(configs):  # whatever is drawn can be together
+        configs = configs[:1] * tune.num_trials
+    else:
+        return None
+    starts = range(0, tune.num_trials, tune.generation)
+    generations = [dict(enumerate(configs[start : min(start + tune.generation, tune.num_trials)])) for start in starts]
+    return sum(len(grouped(generation, teacher_folder, tune)) for generation in generations)
