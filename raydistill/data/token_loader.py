@@ -66,8 +66,12 @@ class TokenSplit:
         self._store, self._cache = store, cache
         self.entries = data.shards(*splits)
         self._kept = pair_entries(self.entries, cache.manifest.shards(*splits)) if cache else None
-        index = [read_token_shard(store, entry) for entry in self.entries]
-        self._lengths, self._learnt = [shard.lengths_R for shard in index], [shard.learnt_R for shard in index]
+        self._lengths: list[Int64] = []
+        self._learnt: list[Int64] = []
+        for entry in self.entries:  # of a shard that is not needed yet, these alone are kept
+            shard = read_token_shard(store, entry)
+            self._lengths.append(shard.lengths_R)
+            self._learnt.append(shard.learnt_R)
         self.rows = int(sum(part.sum() for part in self._learnt))  # of what a loss is a mean: positions
         self.tokens = int(sum(part.sum() for part in self._lengths))
         self._held: OrderedDict[int, Future[_Held]] = OrderedDict()

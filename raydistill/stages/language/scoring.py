@@ -71,9 +71,9 @@ class LanguageScorer:
         self._job = job
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._data, self._output = open_store(job.data_url), open_store(job.output_url)
-        model = load_language_model(job.source.setting, job.source.folder(), dtype=torch.float32)
-        check_parts(job.source.setting, model, job.vocabulary)
-        self._model = model.to(self._device, DTYPES[job.dtype]).requires_grad_(False)
+        model = load_language_model(job.source.setting, job.source.folder(), dtype=DTYPES[job.dtype])
+        self._model = model.to(self._device).requires_grad_(False)
+        check_parts(job.source.setting, self._model, job.vocabulary)
         self._head = output_head(self._model, job.vocabulary)
         self._alphabet = Alphabet.read(self._data, "data", job.alphabet) if job.form else None
 

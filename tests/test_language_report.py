@@ -1,0 +1,112 @@
+"""Figures of language models against plain formulas."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from raydistill.losses.token_measures import own_measures, teacher_measures
+from raydistill.report.language import calibration_error, compare_models, language_metrics
+from raydistill.stages.language.measuring import BINS, _bins
+from raydistill.stories import NAMES, NUMBERS, stories
+
+
+def sums(rows: int = 40, documents: int = 12) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    positions = random.integers(2, 30, rows)
+    found = {"positions": positions, "document": np.sort(random.integers(0, documents, rows))}
+    hardness = random.normal(0, 0.4, rows)  # of a row, for all models alike: what pairing takes out
+    for name, nats in {"teacher": 2.0, "student": 2.2, "control": 2.3}.items():
+        found[f"nll_{name}"] = positions * (nats + hardness + random.normal(0, 0.02, rows))
+        found[f"accuracy_{name}"] = positions * 0.5
+        found[f"bins_{name}"] = np.ones((rows, 3 * BINS))
+    return found
+
+
+def test_metrics_are_means_over_positions():
+    found = sums()
+    metrics = language_metrics(found, "student")
+    mean = found["nll_student"].sum() / found["positions"].sum()
+    assert metrics["nll"] == pytest.approx(mean)
+    assert metrics["perplexity"] == pytest.approx(math.exp(mean))
+    assert metrics["accuracy"] == pytest.approx(0.5)
+
+
+def test_intervals_draw_whole_documents_for_all_models_together():
+    found = sums()
+    result = compare_models(found, resamples=2000, seed=1)
+    teacher, student, control = (
+        math.exp(found[f"nll_{name}"].sum() / found["positions"].sum()) for name in ("teacher", "student", "control")
+    )
+    assert result["retention"] == pytest.approx(teacher / student)
+    assert result["gain_over_control"] == pytest.approx(control - student)
+    assert result["gap_closed"] == pytest.approx(math.log(control / student) / math.log(control / teacher))
+    # The same by a plain loop over draws of documents.
+    random, ids = np.random.default_rng(5), np.unique(found["document"])
+    rows_of = {document: np.flatnonzero(found["document"] == document) for document in ids}
+    drawn = []
+    for _ in range(2000):
+        rows = np.concatenate([rows_of[document] for document in random.choice(ids, len(ids))])
+        total = found["positions"][rows].sum()
+        drawn.append([math.exp(found[f"nll_{name}"][rows].sum() / total) for name in ("teacher", "student", "control")])
+    values = np.array(drawn)
+    expected = np.percentile(values[:, 0] / values[:, 1], [2.5, 97.5])
+    assert result["retention_ci95"] == pytest.approx(expected, abs=0.01)
+    gains = np.percentile(values[:, 2] - values[:, 1], [2.5, 97.5])
+    assert result["gain_over_control_ci95"] == pytest.approx(gains, abs=0.1)
+    assert gains[0] > 0
+    # Apart from each other the models' intervals would overlap: what is hard for one is hard for all.
+    assert np.percentile(values[:, 1], 97.5) > np.percentile(values[:, 2], 2.5)
+
+
+def test_a_model_that_is_as_sure_as_right_has_no_calibration_error():
+    confidence = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.9], dtype=torch.float64)
+    right = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    bins = _bins(confidence, right).sum(dim=0).numpy()
+    assert calibration_error(bins) == pytest.approx(0.1 / 5)
+
+
+def test_measures_of_positions_by_plain_formulas():
+    torch.manual_seed(0)
+    ours, theirs, labels = torch.randn(6, 20), torch.randn(6, 20), torch.randint(0, 20, (6,))
+    own, beside = own_measures(ours, labels), teacher_measures(ours, theirs)
+    for row in range(6):
+        p, q = (np.exp(x[row].double().numpy()) / np.exp(x[row].double().numpy()).sum() for x in (theirs, ours))
+        assert own["nll"][row].item() == pytest.approx(-math.log(q[labels[row]]), rel=1e-5)
+        assert own["confidence"][row].item() == pytest.approx(q.max(), rel=1e-5)
+        assert own["accuracy"][row].item() == float(q.argmax() == labels[row])
+        assert beside["kl"][row].item() == pytest.approx((p * np.log(p / q)).sum(), rel=1e-4)
+        assert beside["agreement"][row].item() == float(p.argmax() == q.argmax())
+        assert beside["top5"][row].item() == float(p.argmax() in np.argsort(-q)[:5])
+
+
+def test_stories_are_the_same_each_time():
+    first = list(stories(30))
+    assert first == list(stories(30))
+    assert first[:10] == list(stories(10))
+    assert len(set(first)) == 30
+
+
+def test_what_stories_say_of_counts_and_places_follows_from_what_happened():
+    numbers, asked = {word: number for number, word in enumerate(NUMBERS)}, 0
+    for story in stories(60):
+        counts: dict[str, int] = {}
+        places: dict[str, str] = {}
+        for name, place, number in re.findall(r"(\w+) is at the (\w+) with a \w+ \w+ and (\w+) ", story)[:2]:
+            counts[name], places[name] = numbers[number], place
+        for sentence in re.split(r"(?<=[.?]) ", story)[2:]:
+            if found := re.match(r"(\w+) goes to the (\w+)\.", sentence):
+                places[found[1]] = found[2]
+            elif found := re.match(r"There \w+ (?:buys|finds) (\w+) \w+: (\w+) has", sentence):
+                counts[found[2]] += numbers[found[1]]
+            elif found := re.match(r"(\w+) gives (\w+) \w+ to (\w+)\.", sentence):
+                counts[found[1]] -= numbers[found[2]]
+                counts[found[3]] += numbers[found[2]]
+            elif found := re.match(r"Now (\w+) has (\w+) ", sentence):
+                assert counts[found[1]] == numbers[found[2]], story
+                asked += 1
+            elif found := re.match(r"Where is (\w+)\?", sentence):
+                assert f"{found[1]}? {NAMES[found[1]].capitalize()} is at the" in story
+    assert asked > 50
