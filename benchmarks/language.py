@@ -3,17 +3,28 @@
 The text is cut into documents of whole paragraphs, the last tenth of them in order is test. A teacher is trained on the
 others; its students, the same but for the codec that they learn from, are compared in test loss, bytes and KL. By
 default the teacher has about 10 million parameters; --small is a few minutes' look at the same table.
+
+--extraction measures instead, without a text, what reducing its logits adds to the teacher's own forward pass with its
+output layer: processor seconds, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from raydistill.cache.sampling import reduced, sampled_targets, top_targets
 from raydistill.config.file import validate
 from raydistill.demo_language import write_new_llama
+from raydistill.next_token import chunk_of, hidden_states, output_head
 from raydistill.stages.pipeline import run_stages
 from raydistill.stages.progress import Progress
 
@@ -44,12 +55,17 @@ def documents(text: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--extraction", type=int, nargs="*", metavar="VOCABULARY")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-language"))
     parser.add_argument("--codecs", default=",".join(CODECS))
     parser.add_argument("--share", type=float, default=1.0, help="of the text's documents")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
+    for vocabulary in arguments.extraction or ():
+        print(json.dumps(extraction(vocabulary)), flush=True)
+    if arguments.text is None:
+        return
     folder, sizes = arguments.folder.resolve(), SIZES[arguments.small]
     folder.mkdir(parents=True, exist_ok=True)
     found = documents(arguments.text.read_text(encoding="utf-8"))
@@ -65,6 +81,46 @@ def main() -> None:
         )  # fmt: skip
     for codec in arguments.codecs.split(","):
         print(json.dumps({"codec": codec, **measured(folder, codec, sizes)}), flush=True)
+
+
+def extraction(vocabulary: int, rounds: int = 7) -> dict[str, Any]:
+    """Processor seconds of a batch of four rows of 256 tokens, by the teacher alone and with each codec's reduction."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    width, layers, heads = SIZES[False]["teacher"]
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads, intermediate_size=8 * width // 3, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=4 / width**0.5)  # peaked, as a trained model's
+    inputs = {"input_ids": torch.randint(0, vocabulary, (4, 256))}
+    head, rows, positions = output_head(model, vocabulary), torch.arange(1024) // 256, torch.arange(1024) % 256
+
+    def reduce(keep: Callable[..., Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            hidden_ND = hidden_states(model, inputs).flatten(0, 1)
+            chunk = chunk_of(vocabulary)
+            return reduced(hidden_ND, head.logits, keep, row_ids_N=rows, positions_N=positions, chunk=chunk)
+
+        return call
+
+    calls: dict[str, Callable[[], Any]] = {
+        "alone": lambda: model(**inputs, use_cache=False).logits,
+        "sampled": reduce(lambda logits, r, p: sampled_targets(logits, r, p, width=12, seed=0)),
+        "topk": reduce(lambda logits, r, p: top_targets(logits, width=12)),
+        "hidden": lambda: hidden_states(model, inputs),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    with torch.inference_mode():
+        for _ in range(rounds):
+            for name, call in calls.items():
+                started = time.process_time()
+                call()
+                seconds[name].append(time.process_time() - started)
+    middle = {name: statistics.median(taken) for name, taken in seconds.items()}
+    added = {name: round(middle[name] / middle["alone"] - 1, 3) for name in calls if name != "alone"}
+    return {"vocabulary": vocabulary, "seconds_alone": round(middle["alone"], 3), "added": added}
 
 
 def measured(folder: Path, codec: str, sizes: dict[str, Any]) -> dict[str, Any]:
