@@ -1,7 +1,6 @@
 """Figures of language models against plain formulas."""
 
 import math
-import re
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 from raydistill.losses.token_measures import own_measures, teacher_measures
 from raydistill.report.language import calibration_error, compare_models, language_metrics
 from raydistill.stages.language.measuring import BINS, _bins
-from raydistill.stories import NAMES, NUMBERS, stories
 
 
 def sums(rows: int = 40, documents: int = 12) -> dict[str, np.ndarray]:
@@ -80,33 +78,3 @@ def test_measures_of_positions_by_plain_formulas():
         assert beside["kl"][row].item() == pytest.approx((p * np.log(p / q)).sum(), rel=1e-4)
         assert beside["agreement"][row].item() == float(p.argmax() == q.argmax())
         assert beside["top5"][row].item() == float(p.argmax() in np.argsort(-q)[:5])
-
-
-def test_stories_are_the_same_each_time():
-    first = list(stories(30))
-    assert first == list(stories(30))
-    assert first[:10] == list(stories(10))
-    assert len(set(first)) == 30
-
-
-def test_what_stories_say_of_counts_and_places_follows_from_what_happened():
-    numbers, asked = {word: number for number, word in enumerate(NUMBERS)}, 0
-    for story in stories(60):
-        counts: dict[str, int] = {}
-        places: dict[str, str] = {}
-        for name, place, number in re.findall(r"(\w+) is at the (\w+) with a \w+ \w+ and (\w+) ", story)[:2]:
-            counts[name], places[name] = numbers[number], place
-        for sentence in re.split(r"(?<=[.?]) ", story)[2:]:
-            if found := re.match(r"(\w+) goes to the (\w+)\.", sentence):
-                places[found[1]] = found[2]
-            elif found := re.match(r"There \w+ (?:buys|finds) (\w+) \w+: (\w+) has", sentence):
-                counts[found[2]] += numbers[found[1]]
-            elif found := re.match(r"(\w+) gives (\w+) \w+ to (\w+)\.", sentence):
-                counts[found[1]] -= numbers[found[2]]
-                counts[found[3]] += numbers[found[2]]
-            elif found := re.match(r"Now (\w+) has (\w+) ", sentence):
-                assert counts[found[1]] == numbers[found[2]], story
-                asked += 1
-            elif found := re.match(r"Where is (\w+)\?", sentence):
-                assert f"{found[1]}? {NAMES[found[1]].capitalize()} is at the" in story
-    assert asked > 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from raydistill.config.run import Config
@@ -9,6 +10,8 @@ from raydistill.record.commit import MANIFEST
 from raydistill.record.run import PARTS, Run, part_of
 from raydistill.stages.checkpoints import Checkpoints
 from raydistill.stages.teachers import trainings
+
+SHARD = re.compile(r"-\d{5}\.parquet$")  # what stands beside shards, such as an output head, has no rows of data
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,9 @@ def _standing(run: Run, part: str) -> Standing:
     if manifest is not None:
         if "temperature" in manifest.facts:
             return Standing(part, facts.stage, "complete", f"temperature {manifest.facts['temperature']:g}")
-        rows = sum(entry.rows for entry in manifest.files)
-        detail = f"{rows:,} rows in {len(manifest.files)} shards" if rows else f"{len(manifest.files)} files"
+        shards = [entry for entry in manifest.files if SHARD.search(entry.file)]
+        rows = sum(entry.rows for entry in shards)
+        detail = f"{rows:,} rows in {len(shards)} shards" if rows else f"{len(manifest.files)} files"
         if part == "tune":
             won, metric = manifest.facts["winner"], manifest.facts["metric"]
             detail = f"{manifest.facts['trials']} trials, validation {metric} {won['value']:.4f}"
