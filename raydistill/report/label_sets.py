@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from raydistill.report.metrics import BINS, Comparison, Floats, Labels, compared
+from raydistill.report.metrics import Bin, Comparison, Floats, Labels, calibration_bins, compared, mean_gap
 
 
 def binary_nll(logits_NK: Floats, labels_NK: Labels) -> float:
@@ -29,16 +29,23 @@ def mean_binary_kl(teacher_NK: Floats, student_NK: Floats) -> float:
     return float(total.mean())
 
 
-def binary_calibration_error(logits_NK: Floats, labels_NK: Labels) -> float:
-    """Expected calibration error over all rows and classes: the probability of a label against how often it holds.
+def binary_reliability(logits_NK: Floats, labels_NK: Labels) -> list[Bin]:
+    """The bins of every class's probability in every row, and how often the class is a label of its row."""
+    return calibration_bins(_probability(logits_NK).ravel(), (labels_NK == 1).ravel())
 
-    In 15 bins of equal mass, as `calibration_error` has them.
-    """
-    probability = np.exp(-np.logaddexp(0, -logits_NK.astype(np.float64))).ravel()
-    holds = (labels_NK == 1).ravel()
-    order = np.argsort(probability, kind="stable")
-    bins = [b for b in np.array_split(order, BINS) if len(b)]
-    return float(sum(abs(probability[b].mean() - holds[b].mean()) * len(b) for b in bins) / len(holds))
+
+def binary_calibration_error(logits_NK: Floats, labels_NK: Labels) -> float:
+    """Expected calibration error over all rows and classes: the probability of a label against how often it holds."""
+    return mean_gap(binary_reliability(logits_NK, labels_NK))
+
+
+def binary_brier(logits_NK: Floats, labels_NK: Labels) -> float:
+    """Mean over rows of the squared distance of the probabilities from the labels, summed over classes."""
+    return float(((_probability(logits_NK) - (labels_NK == 1)) ** 2).sum(axis=1).mean())
+
+
+def _probability(logits_NK: Floats) -> Floats:
+    return np.exp(-np.logaddexp(0, -logits_NK.astype(np.float64)))
 
 
 def same_sets(one_NK: Floats | Labels, other_NK: Floats | Labels) -> npt.NDArray[np.bool_]:
@@ -47,8 +54,8 @@ def same_sets(one_NK: Floats | Labels, other_NK: Floats | Labels) -> npt.NDArray
 
 
 def label_set_metrics(logits_NK: Floats, labels_NK: Labels, temperature: float) -> dict[str, float]:
-    """Accuracy (of whole sets), micro and macro F1, NLL, calibration error, also at the temperature of validation."""
-    true_NK, predicted_NK = labels_NK == 1, logits_NK > 0
+    """Accuracy (of whole sets), F1; NLL, Brier score and calibration error, also at validation's temperature."""
+    true_NK, predicted_NK, scaled_NK = labels_NK == 1, logits_NK > 0, logits_NK / temperature
     either = true_NK.sum(axis=0) + predicted_NK.sum(axis=0)
     hits = (true_NK & predicted_NK).sum(axis=0)
     present = either > 0
@@ -57,8 +64,11 @@ def label_set_metrics(logits_NK: Floats, labels_NK: Labels, temperature: float) 
         "micro_f1": float(2 * hits.sum() / max(1, either.sum())),
         "macro_f1": float((2 * hits[present] / either[present]).sum() / max(1, present.sum())),
         "nll": binary_nll(logits_NK, labels_NK),
+        "nll_scaled": binary_nll(scaled_NK, labels_NK),
+        "brier": binary_brier(logits_NK, labels_NK),
+        "brier_scaled": binary_brier(scaled_NK, labels_NK),
         "ece": binary_calibration_error(logits_NK, labels_NK),
-        "ece_scaled": binary_calibration_error(logits_NK / temperature, labels_NK),
+        "ece_scaled": binary_calibration_error(scaled_NK, labels_NK),
         "temperature": temperature,
     }
 

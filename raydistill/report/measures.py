@@ -11,14 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from raydistill.report.label_sets import (
-    binary_nll,
-    compare_label_sets,
-    label_set_metrics,
-    mean_binary_kl,
-    same_sets,
-)
-from raydistill.report.metrics import Comparison, Floats, Labels, classifier_metrics, compare, mean_kl, nll
+from raydistill.report import classes, label_sets, metrics
+from raydistill.report.metrics import Bin, Comparison, Floats, Labels
 
 
 @dataclass(frozen=True)
@@ -29,6 +23,9 @@ class Measures:
     nll: Callable[[Floats, Labels], float]
     kl: Callable[[Floats, Floats], float]
     same: Callable[[Floats, Floats], npt.NDArray[np.bool_]]
+    right: Callable[[Floats, Labels], npt.NDArray[np.bool_]]
+    by_class: Callable[[Floats, Labels], list[dict[str, float]]]
+    reliability: Callable[[Floats, Labels], list[Bin]]
     compare: Callable[..., Comparison]
 
 
@@ -36,13 +33,31 @@ def _same_classes(one_NK: Floats, other_NK: Floats) -> npt.NDArray[np.bool_]:
     return one_NK.argmax(axis=1) == other_NK.argmax(axis=1)
 
 
+def _right_classes(logits_NK: Floats, labels_N: Labels) -> npt.NDArray[np.bool_]:
+    return logits_NK.argmax(axis=1) == labels_N
+
+
+def _by_class(logits_NK: Floats, labels_N: Labels) -> list[dict[str, float]]:
+    return classes.of_classes(logits_NK.argmax(axis=1), labels_N, logits_NK.shape[1])
+
+
+def _by_class_of_sets(logits_NK: Floats, labels_NK: Labels) -> list[dict[str, float]]:
+    return classes.of_sets(logits_NK > 0, labels_NK)
+
+
 def _compare_classes(labels_N: Labels, logits: dict[str, Floats], *, resamples: int, seed: int) -> Comparison:
-    right = {name: values.argmax(axis=1) == labels_N for name, values in logits.items()}
-    return compare(right["teacher"], right["student"], right.get("control"), resamples=resamples, seed=seed)
+    right = {name: _right_classes(values, labels_N) for name, values in logits.items()}
+    return metrics.compare(right["teacher"], right["student"], right.get("control"), resamples=resamples, seed=seed)
 
 
-OF_CLASSES = Measures(classifier_metrics, nll, mean_kl, _same_classes, _compare_classes)
-OF_SETS = Measures(label_set_metrics, binary_nll, mean_binary_kl, same_sets, compare_label_sets)
+OF_CLASSES = Measures(
+    metrics.classifier_metrics, metrics.nll, metrics.mean_kl, _same_classes, _right_classes, _by_class,
+    metrics.reliability, _compare_classes,
+)  # fmt: skip
+OF_SETS = Measures(
+    label_sets.label_set_metrics, label_sets.binary_nll, label_sets.mean_binary_kl, label_sets.same_sets,
+    label_sets.same_sets, _by_class_of_sets, label_sets.binary_reliability, label_sets.compare_label_sets,
+)  # fmt: skip
 
 
 def measures_of(labels: Labels) -> Measures:

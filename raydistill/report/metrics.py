@@ -34,13 +34,42 @@ def nll(logits_NK: Floats, labels_N: Labels) -> float:
     return float(-log_softmax(logits_NK)[np.arange(len(labels_N)), labels_N].mean())
 
 
-def calibration_error(logits_NK: Floats, labels_N: Labels) -> float:
-    """Expected calibration error, top class, 15 bins of equal mass (Nguyen and O'Connor 2015, arXiv:1508.05154)."""
-    confidence_N = np.exp(log_softmax(logits_NK)).max(axis=1)
-    hit_N = logits_NK.argmax(axis=1) == labels_N
-    order = np.argsort(confidence_N, kind="stable")
+@dataclass(frozen=True)
+class Bin:
+    """Rows that are about as certain: their mean probability, how often they hold, and how many they are."""
+
+    probability: float
+    held: float
+    rows: int
+
+
+def calibration_bins(probability_N: Floats, held_N: npt.NDArray[np.bool_]) -> list[Bin]:
+    """15 bins of equal mass by probability (Nguyen and O'Connor 2015, arXiv:1508.05154); fewer of fewer rows."""
+    order = np.argsort(probability_N, kind="stable")
     bins = [b for b in np.array_split(order, BINS) if len(b)]
-    return float(sum(abs(confidence_N[b].mean() - hit_N[b].mean()) * len(b) for b in bins) / len(labels_N))
+    return [Bin(float(probability_N[b].mean()), float(held_N[b].mean()), len(b)) for b in bins]
+
+
+def mean_gap(bins: list[Bin]) -> float:
+    """Expected calibration error: the mean over rows of |probability - how often it held|, bin by bin."""
+    return sum(abs(one.probability - one.held) * one.rows for one in bins) / sum(one.rows for one in bins)
+
+
+def reliability(logits_NK: Floats, labels_N: Labels) -> list[Bin]:
+    """The bins of the likeliest class's probability, and how often it is right."""
+    return calibration_bins(np.exp(log_softmax(logits_NK)).max(axis=1), logits_NK.argmax(axis=1) == labels_N)
+
+
+def calibration_error(logits_NK: Floats, labels_N: Labels) -> float:
+    """Expected calibration error of the likeliest class, in 15 bins of equal mass."""
+    return mean_gap(reliability(logits_NK, labels_N))
+
+
+def brier(logits_NK: Floats, labels_N: Labels) -> float:
+    """Mean over rows of the squared distance, summed over classes, of the probabilities from the label (Brier 1950)."""
+    errors_NK = np.exp(log_softmax(logits_NK))
+    errors_NK[np.arange(len(labels_N)), labels_N] -= 1
+    return float((errors_NK**2).sum(axis=1).mean())
 
 
 def mean_kl(teacher_NK: Floats, student_NK: Floats) -> float:
@@ -50,14 +79,17 @@ def mean_kl(teacher_NK: Floats, student_NK: Floats) -> float:
 
 
 def classifier_metrics(logits_NK: Floats, labels_N: Labels, temperature: float) -> dict[str, float]:
-    """Accuracy, macro F1, NLL and calibration error, the last also at the temperature that was fitted on validation."""
-    predicted_N = logits_NK.argmax(axis=1)
+    """Accuracy, macro F1; NLL, Brier score and calibration error, also at the temperature fitted on validation."""
+    predicted_N, scaled_NK = logits_NK.argmax(axis=1), logits_NK / temperature
     return {
         "accuracy": float((predicted_N == labels_N).mean()),
         "macro_f1": macro_f1(predicted_N, labels_N),
         "nll": nll(logits_NK, labels_N),
+        "nll_scaled": nll(scaled_NK, labels_N),
+        "brier": brier(logits_NK, labels_N),
+        "brier_scaled": brier(scaled_NK, labels_N),
         "ece": calibration_error(logits_NK, labels_N),
-        "ece_scaled": calibration_error(logits_NK / temperature, labels_N),
+        "ece_scaled": calibration_error(scaled_NK, labels_N),
         "temperature": temperature,
     }
 
@@ -71,6 +103,7 @@ class Comparison:
     gain_over_control: float | None
     gain_over_control_ci95: tuple[float, float] | None
     gap_closed: float | None
+    gap_closed_ci95: tuple[float, float] | None  # None too where resamples put the control above the teacher
 
 
 def compare(
@@ -101,13 +134,15 @@ def compared(measured: Floats, drawn: Floats, *, smallest: float, has_control: b
     """
     teacher, student, control = measured
     retained = drawn[:, 1] / np.maximum(drawn[:, 0], smallest)
-    gain = drawn[:, 1] - drawn[:, 2]
+    gain, gap = drawn[:, 1] - drawn[:, 2], drawn[:, 0] - drawn[:, 2]
+    has_gap = has_control and teacher > control
     return Comparison(
         retention=float(student / teacher) if teacher else None,
         retention_ci95=_interval(retained),
         gain_over_control=float(student - control) if has_control else None,
         gain_over_control_ci95=_interval(gain) if has_control else None,
-        gap_closed=float((student - control) / (teacher - control)) if has_control and teacher > control else None,
+        gap_closed=float((student - control) / (teacher - control)) if has_gap else None,
+        gap_closed_ci95=_interval(gain / gap) if has_gap and (gap > 0).all() else None,
     )
 
 
