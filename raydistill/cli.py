@@ -43,7 +43,7 @@ RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, <
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
-    """Prepare, teach, tune where the config asks for it, train and evaluate, skipping what is complete."""
+    """Prepare, teach, tune and export where the config asks for it, train and evaluate, skipping what is complete."""
     _stages(load_config(config, overrides), STAGES, redo)
 
 
@@ -69,6 +69,12 @@ def tune(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> 
 def train(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
     """Train the student from the cache."""
     _stages(load_config(config, overrides), ("train",), redo)
+
+
+@app.command()
+def export(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
+    """Write the student as files to deploy, each checked against it."""
+    _stages(load_config(config, overrides), ("export",), redo)
 
 
 @app.command()

@@ -50,7 +50,33 @@ class ModelSource:
         """The model's folder on this machine, fetched once per process. Raises UserError when it cannot be used."""
         if self.store_url is None:
             return find_model(self.setting, self.model, self.revision)
-        return find_model(self.setting, str(_fetched(self.store_url, self.model)))
+        return find_model(self.setting, str(self.fetched()))
+
+    def fetched(self) -> Path:
+        """The folder of a model in a store."""
+        assert self.store_url is not None
+        return _fetched(self.store_url, self.model)
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The classifier in eval mode. Raises UserError when it does not load."""
+        return load_classifier(self.setting, self.folder(), dtype=dtype)
+
+    def identity(self) -> dict[str, str]:
+        """What a fingerprint holds of it."""
+        return model_identity(self.folder())
+
+    def parameters(self, model: Any) -> int:
+        """How many it has; `model` is what `load` gave."""
+        return count_parameters(model)
+
+    def weights(self) -> list[Path]:
+        """The files of its weights."""
+        return weight_files(self.folder())
+
+    @property
+    def cpu_only(self) -> bool:
+        """Whether it computes on the CPU, wherever it is asked to."""
+        return False
 
 
 @functools.cache
@@ -243,6 +269,16 @@ def empty_language_model(setting: str, folder: Path) -> Any:
 
     quiet_transformers()
     return _loaded(setting, folder, make, LANGUAGE_MODEL)
+
+
+def load_quantised(setting: str, folder: Path, scheme: Any) -> Any:
+    """The classifier in a folder with the weights of its linear layers quantised by a torchao configuration."""
+    from transformers import AutoModelForSequenceClassification, TorchAoConfig
+
+    chosen = TorchAoConfig(scheme)
+    return _load(
+        setting, folder, AutoModelForSequenceClassification, dtype=torch.float32, quantization_config=chosen
+    ).eval()
 
 
 def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:

@@ -229,13 +229,12 @@ def test_the_saved_student_is_the_one_that_was_trained(runs, init: str, merge: b
 
 
 def test_an_adapter_is_scored_and_timed_as_it_is_served(runs):
-    from raydistill.stages.latency import measure
+    from raydistill.stages.latency import Load, measure
 
     folder, _ = runs.trained(changes(runs, merge=False))
     source = ModelSource("the student", "student", store_url=str(folder))
-    figures = measure(
-        {"student": (source,)}, ["where is my parcel"] * 4, requests=1, threads=1, max_length=48, dtype="bfloat16"
-    )
+    load = Load(requests=1, rounds=1, threads=1, max_length=48, dtype="bfloat16")
+    figures = measure({"student": (source,)}, ["where is my parcel"] * 4, load, "cpu")
     base = load_classifier("base", folder / "student" / adapters.BASE)
     assert figures["student"]["parameters"] == facts(folder)["parameters"] > count_parameters(base)
 

@@ -19,6 +19,7 @@ LAYERS = (
     ("cache",),
     ("data",),
     ("models", "students", "adapters", "depths", "feature_tap", "masked_words", "next_token", "taught"),
+    ("exports",),
     ("engine", "engine_base", "fused", "plain_engine"),
     ("report",),
     ("stages",),
@@ -33,6 +34,9 @@ ONLY = {
     "ray": {"stages", "jobs"},
     "peft": {"adapters"},
     "optuna": {"search"},
+    "onnx": {"exports"},
+    "onnxruntime": {"exports"},
+    "torchao": {"exports"},
 }
 MATHS = {"losses", "targets"}
 

@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from raydistill.config.data import Augment
+from raydistill.config.evaluate import Evaluate
 from raydistill.config.messages import Path_, cut, describe, dotted, first_error, place_of
 from raydistill.config.points import check_space
 from raydistill.config.run import Config
@@ -203,8 +204,15 @@ def _absolute(config: Config) -> Config:
             ),
             "student": student.model_copy(update={"model": absolute_model(student.model) if student.model else None}),
             "tune": _absolute_space(config.tune) if config.tune else None,
+            "evaluate": _absolute_evaluate(config.evaluate),
         }
     )
+
+
+def _absolute_evaluate(evaluate: Evaluate) -> Evaluate:
+    sets = {name: one.model_copy(update={"path": absolute_path(one.path)}) for name, one in evaluate.sets.items()}
+    models = {name: absolute_model(model) for name, model in evaluate.models.items()}
+    return evaluate.model_copy(update={"sets": sets, "models": models})
 
 
 def _absolute_space(tune: Tune) -> Tune:

@@ -64,6 +64,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     ),
     "train": ("group_by_length", "unfreeze", "stages"),
     "train.loss": ("standardise", "hard_targets", "features", "features_from"),
+    "evaluate": ("latency_rounds", "devices", "price_per_hour", "retention", "models", "sets", "quantise_teacher"),
 }  # fmt: skip
 # And those that mean nothing without it.
 OWN: dict[str, tuple[str, ...]] = {
@@ -98,8 +99,9 @@ def check_language(config: Any) -> None:
     """Raises ValueError for a setting that task: causal_lm does not know, or that does not fit it."""
     if name := _first_set(config, OTHERS):
         raise ValueError(f"{name} is not known with task: causal_lm; remove it")
-    if config.tune is not None:
-        raise ValueError("tune is not known with task: causal_lm; remove it")
+    for name in ("tune", "export"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"{name} is not known with task: causal_lm; remove it")
     metrics = {"train.metric": config.train.metric}
     if config.teacher.fine_tune is not None:
         metrics["teacher.fine_tune.metric"] = config.teacher.fine_tune.metric

@@ -7,26 +7,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from raydistill.config.data import Data
+from raydistill.config.evaluate import Evaluate
+from raydistill.config.export import Export
 from raydistill.config.language import check_language, check_other_task, with_defaults
 from raydistill.config.loss import KINDS_OF_SETS, Loss
-from raydistill.config.section import MAX_SEED, PLAIN_NAME, Added, Section
+from raydistill.config.section import PLAIN_NAME, Section
 from raydistill.config.student import Student
 from raydistill.config.teacher import Teacher
 from raydistill.config.train import Train
 from raydistill.config.tune import Tune
-
-
-class Evaluate(Section):
-    """The proof."""
-
-    control: bool = Field(default=True, description="train and compare the same student without the teacher")
-    bootstrap: int = Field(default=2000, ge=100, le=1_000_000, description="resamples behind the 95 % intervals")
-    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the resamples")
-    latency_requests: int = Field(default=256, ge=16, le=1_000_000, description="single requests timed per model")
-    threads: int = Field(default=1, ge=1, le=4096, description="of the timed requests")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of all models that are compared")
-    samples: int = Added(4, ge=0, le=1000, description="causal_lm: test prompts that every model goes on with")
-    sample_tokens: int = Added(48, ge=1, le=100_000, description="causal_lm: tokens of each of those answers")
 
 
 class Cluster(Section):
@@ -62,6 +51,7 @@ class Config(Section):
     student: Student = Student()
     train: Train = Train()
     tune: Tune | None = Field(default=None, description="absent: no search")
+    export: Export | None = Field(default=None, description="absent: no files to deploy")
     evaluate: Evaluate = Evaluate()
     cluster: Annotated[Cluster, Field(json_schema_extra={"speed": True})] = Cluster()
 
@@ -118,6 +108,18 @@ class Config(Section):
             return self
         for loss in self.train.losses:
             _check_loss_of_sets(loss)
+        return self
+
+    @model_validator(mode="after")
+    def _comparisons_fit_the_run(self) -> Config:
+        for name, one in self.evaluate.sets.items():
+            if one.out_of_domain and self.task == "multi_label":
+                raise ValueError(
+                    f"evaluate.sets.{name}.out_of_domain means nothing with task: multi_label, where a row of the task"
+                    " may have no label either; remove it"
+                )
+        if self.evaluate.quantise_teacher and (self.teacher.members or self.teacher.fine_tune_seeds):
+            raise ValueError("evaluate.quantise_teacher: found with several teachers; it is for one, remove it")
         return self
 
     @model_validator(mode="after")

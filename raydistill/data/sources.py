@@ -87,10 +87,13 @@ class Columns:
     max_row_bytes: int
     keep_unlabelled: bool = False
     separator: str | None = None
+    settings: tuple[str, str] = ("data.text", "data.label")  # which name the two columns
 
     @property
     def fields(self) -> Fields:
-        columns = (("data.text", self.text), *(() if self.label is None else (("data.label", self.label),)))
+        columns = tuple(
+            (s, name) for s, name in zip(self.settings, (self.text, self.label), strict=True) if name is not None
+        )
         return Fields(columns, 1, self.delimiter, self.max_row_bytes)
 
 

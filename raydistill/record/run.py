@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raydistill.config.export import FORMATS
 from raydistill.errors import UserError
 from raydistill.record.commit import MANIFEST, Manifest, damage, read_manifest, set_aside, sidecar_name
 from raydistill.record.fingerprint import Plan, first_difference
@@ -30,6 +31,8 @@ PARTS = {
     "calibration": Part("teach", "teacher/calibration", "teacher/calibration"),
     "tune": Part("tune", "tune", "tune"),
     "student": Part("train", "train", "student"),
+    **{f"export/{name}": Part("export", f"export/{name}", f"export/{name}") for name in FORMATS},
+    "teacher-int8": Part("evaluate", "teacher/int8", "teacher/int8"),
     "control": Part("evaluate", "control/train", "control/model"),
     "report": Part("evaluate", "report", "report"),
 }
@@ -42,7 +45,7 @@ ASIDE = re.compile(
     rf"\.bad-\d+(/|$)|^({'|'.join(f'{part.folder}|{part.product}' for part in PARTS.values())}"
     rf"|{FURTHER_TEACHER.pattern}/(train|model))\.\d+(/|$)"
 )
-STAGES = ("prepare", "teach", "tune", "train", "evaluate")
+STAGES = ("prepare", "teach", "tune", "train", "export", "evaluate")
 
 
 def part_of(name: str) -> Part:
@@ -103,16 +106,26 @@ class Run:
 
         Raises UserError, naming the first field that differs, when the part stands there for another plan.
         """
-        self.check(part, plan)
-        standing = self.plan(part)
-        if standing is not None and standing.fingerprint != plan.fingerprint:
-            self.set_aside(part)
-            standing = None
-        if standing is None:
+        self._make_way(part, plan)
+        if self.plan(part) is None:
             name = f"{part_of(part).folder}/plan.json"
             if self.lender and _is_lent(part):
                 raise UserError(f"teacher.cache_from: {self.lender.where(name)} is missing. Finish that run first")
             self.store.write(name, plan.sealed())
+        return self._made_for(part, plan)
+
+    def standing(self, part: str, plan: Plan) -> Manifest | None:
+        """As `begin`, for a part whose plan is committed with it: nothing is written before."""
+        self._make_way(part, plan)
+        return self._made_for(part, plan)
+
+    def _make_way(self, part: str, plan: Plan) -> None:
+        self.check(part, plan)
+        standing = self.plan(part)
+        if standing is not None and standing.fingerprint != plan.fingerprint:
+            self.set_aside(part)
+
+    def _made_for(self, part: str, plan: Plan) -> Manifest | None:
         manifest = self.complete(part)
         if manifest is not None and manifest.fingerprint != plan.fingerprint:
             set_aside(self.store, part_of(part).product, ".")

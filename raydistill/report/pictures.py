@@ -20,7 +20,7 @@ WIDTH = 7.6  # inches
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False,
     "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
-    "ytick.color": INK,
+    "ytick.color": INK, "text.parse_math": False,
 }  # fmt: skip
 # Without its last, light yellow, which a white page swallows.
 COLOURS = ListedColormap(colormaps["viridis"](np.linspace(0, 0.88, 256)))

@@ -1,44 +1,42 @@
-"""Stage evaluate: teacher, student and control on the test set, which nothing else has read."""
+"""Stage evaluate: teacher, student, control and other models on the test set, which nothing else has read."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from raydistill.cache.shards import read_logits
 from raydistill.config.run import Config
 from raydistill.config.section import identity
-from raydistill.data.shards import read_shard, read_split
+from raydistill.data.shards import read_split
 from raydistill.losses.calibration import fit_label_temperature
-from raydistill.losses.ensemble import ensemble_logits
-from raydistill.models import ModelSource, model_identity, weight_files
-from raydistill.record.commit import Entry, Manifest, commit_manifest, read_manifest
+from raydistill.models import ModelSource, model_identity
+from raydistill.record.commit import Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.record.store import Store
-from raydistill.report.measures import measures_of
+from raydistill.report import proof
 from raydistill.report.page import render
 from raydistill.stages.calibration import teacher_temperature
-from raydistill.stages.cluster import Resources, share_for_actors
+from raydistill.stages.cluster import Resources
+from raydistill.stages.compared import Compared, compared_models, quantise_teacher
+from raydistill.stages.compared_scores import Logits, as_compared, members_report, score_models
+from raydistill.stages.curves import read_curves
 from raydistill.stages.environment import device_name, environment
-from raydistill.stages.latency import measure
+from raydistill.stages.extra_sets import ExtraSet, find_sets, set_store, slices_of, write_set
 from raydistill.stages.prepare import data_report
 from raydistill.stages.progress import Progress
-from raydistill.stages.scoring import score
 from raydistill.stages.student import train_student
-from raydistill.stages.teach import teacher_job
-from raydistill.stages.teachers import is_ensemble, made_here, members, teacher_source, teacher_sources
+from raydistill.stages.teachers import is_ensemble, members, teacher_source, teacher_sources
+from raydistill.stages.timing import Speed, load_of, time_models
 from raydistill.stages.training_job import TrainingRequest
+from raydistill.stages.training_stages import training_stages
 
-TIMED_ROWS = 1024
 SPLITS = ("validation", "test")
-Logits = dict[str, np.ndarray]
+NAMED_APART = ("models", "sets", "quantise_teacher")  # settings that a plan holds by what they name
 
 
 def evaluate(config: Config, run: Run, resources: Resources, progress: Progress) -> dict[str, Any]:
@@ -48,42 +46,47 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     if config.evaluate.control:
         request = TrainingRequest("control", config, run, resources, teacher_source(config, run))
         control = train_student(request, progress)
-    plan = report_plan(config, run, data, student, control)
+    if config.evaluate.quantise_teacher:
+        quantise_teacher(config, run, progress)
+    models, sets = compared_models(config, run), find_sets(config)
+    plan = report_plan(config, run, data, student, control, models, sets)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")
         return json.loads(run.store.read("report/report.json"))
-    sources = model_sources(config, run)
-    scored = _score(sources, config, run, data, plan, resources, progress)
-    logits = {name: parts[0] for name, parts in scored.items()}
-    logits["teacher"] = _as_taught(config, run, scored["teacher"])
-    speed = _time_models(sources, config, run, data, resources, progress)
-    report = _report(config, run, data, sources, logits, speed, plan)
+    scored = score_models(models, config, run, data, plan, resources, progress, splits=SPLITS)
+    logits = as_compared(config, run, scored)
+    on_sets = {one.name: _on_set(one, models, logits, config, run, plan, resources, progress) for one in sets}
+    speed = time_models({model.name: model.parts for model in models}, config, run, data, resources, progress)
+    report = _report(config, run, data, models, logits, speed, plan) | {"sets": on_sets}
     if is_ensemble(config):
-        report["teacher_members"] = _members_report(config, scored["teacher"], _labels(run, data, "test"))
+        report["teacher_members"] = members_report(config, scored["teacher"], _labels(run, data, "test"))
     commit_report(run, plan, report)
     return report
 
 
-def model_sources(config: Config, run: Run) -> dict[str, tuple[ModelSource, ...]]:
-    """Every model that is compared, with the models that it is made of: several for an ensemble of teachers."""
-    sources = {"teacher": teacher_sources(config, run), "student": (made_here("student", run),)}
-    return sources | ({"control": (made_here("control", run),)} if config.evaluate.control else {})
-
-
-def report_plan(config: Config, run: Run, data: Manifest, student: Manifest, control: Manifest | None) -> Plan:
+def report_plan(
+    config: Config,
+    run: Run,
+    data: Manifest,
+    student: Manifest,
+    control: Manifest | None,
+    models: list[Compared],
+    sets: list[ExtraSet],
+) -> Plan:
     """Everything that the report depends on."""
-    return Plan(
-        "report",
-        {
-            "data": data.fingerprint,
-            "student": student.fingerprint,
-            "control": control.fingerprint if control else None,
-            "teacher": model_identity(teacher_source(config, run).folder()),
-            "data.max_length": config.data.max_length,
-            **_ensemble_inputs(config, run),
-            **{f"evaluate.{name}": value for name, value in identity(config.evaluate).items()},
-        },
-    )
+    inputs: dict[str, Any] = {
+        "data": data.fingerprint,
+        "student": student.fingerprint,
+        "control": control.fingerprint if control else None,
+        "teacher": model_identity(teacher_source(config, run).folder()),
+        "data.max_length": config.data.max_length,
+        **_ensemble_inputs(config, run),
+        **{f"evaluate.{name}": value for name, value in identity(config.evaluate, skip=NAMED_APART).items()},
+    }
+    others = {model.name: model.parts[0].identity() for model in models if model.name not in proof.OURS}
+    inputs |= {"compared": others} if others else {}
+    inputs |= {"sets": {one.name: one.identity() for one in sets}} if sets else {}
+    return Plan("report", inputs)
 
 
 def _ensemble_inputs(config: Config, run: Run) -> dict[str, Any]:
@@ -94,148 +97,119 @@ def _ensemble_inputs(config: Config, run: Run) -> dict[str, Any]:
     return {"teachers": models, "weights": weights, "teacher.combine": config.teacher.combine}
 
 
-def _score(
-    sources: dict[str, tuple[ModelSource, ...]],
+def _on_set(
+    one: ExtraSet,
+    models: list[Compared],
+    on_test: dict[str, Logits],
     config: Config,
     run: Run,
-    data: Manifest,
     plan: Plan,
     resources: Resources,
     progress: Progress,
-) -> dict[str, list[Logits]]:
-    """The float32 logits of every model's parts on validation (to fit its temperature) and test, in order of rows."""
-    share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
-    teacher = teacher_job(config, run, data, folder="", fingerprint=plan.fingerprint, dtype=config.evaluate.dtype)
-    names = [(name, number) for name, parts in sources.items() for number in range(len(parts))]
-    jobs = [
-        replace(teacher, source=sources[name][number], folder=_logits_folder(name, number), codec="dense-float32")
-        for name, number in names
-    ]
-    splits: dict[str, tuple[str, ...]] = {job.folder: SPLITS for job in jobs}
-    result: dict[str, list[Logits]] = {name: [] for name in sources}
-    for (name, _), job, scored in zip(names, jobs, score(jobs, data, splits, share, progress, "evaluate"), strict=True):
-        facts = {"codec": job.codec, "classes": len(job.labels)}
-        manifest = commit_manifest(run.store, job.folder, plan.fingerprint, scored.entries, facts)
-        result[name].append({split: _logits(run.store, job.folder, manifest, split) for split in SPLITS})
-    return result
-
-
-def _as_taught(config: Config, run: Run, parts: list[Logits]) -> Logits:
-    """The teacher's logits as its students saw them: the mean of its members, divided by its temperature."""
-    divisor = teacher_temperature(config, run)
-    if not is_ensemble(config):
-        return {split: logits_NK / divisor for split, logits_NK in parts[0].items()}
-    weights = [member.weight for member in members(config)]
-    found: Logits = {}
-    for split in SPLITS:
-        of_members = [torch.from_numpy(part[split]) for part in parts]
-        mean_NK = ensemble_logits(
-            of_members, weights, combine=config.teacher.combine, multi_label=config.task == "multi_label"
-        )
-        found[split] = mean_NK.numpy() / divisor
-    return found
-
-
-def _members_report(config: Config, parts: list[Logits], labels: np.ndarray) -> list[dict[str, Any]]:
-    """What the members of an ensemble reach alone on test."""
-    alone = [measures_of(labels).metrics(part["test"], labels, 1.0) for part in parts]
-    return [
-        {"model": member.title, "weight": member.weight, "accuracy": metrics["accuracy"], "nll": metrics["nll"]}
-        for member, metrics in zip(members(config), alone, strict=True)
-    ]
-
-
-def _logits_folder(name: str, number: int) -> str:
-    return f"report/logits/{name}" + (f"-member-{number}" if number else "")
-
-
-def _logits(store: Store, folder: str, manifest: Manifest, split: str) -> np.ndarray:
-    return np.concatenate([read_logits(store, folder, entry, manifest).logits_NK for entry in manifest.shards(split)])
-
-
-def _time_models(
-    sources: dict[str, tuple[ModelSource, ...]],
-    config: Config,
-    run: Run,
-    data: Manifest,
-    resources: Resources,
-    progress: Progress,
-) -> dict[str, dict[str, float]]:
-    """Times the models in a task that takes a whole node, so that nothing else of the run computes beside it."""
-    import ray
-
-    progress.say(f"evaluate: timing {config.evaluate.latency_requests} single requests for each model")
-    progress.check()
-    first = read_shard(run.home("data"), data.shards("test")[0])
-    remote: Any = ray.remote
-    task = remote(measure)
-    running = task.options(num_cpus=resources.node_cpus, num_gpus=1 if resources.gpus else 0).remote(
-        sources,
-        first.texts[:TIMED_ROWS],
-        requests=config.evaluate.latency_requests,
-        threads=config.evaluate.threads,
-        max_length=config.data.max_length,
-        dtype=config.evaluate.dtype,
+) -> dict[str, Any]:
+    """What the models reach on a further set; of one that is out of domain, whether they are less certain there."""
+    names = run.require("data").facts["labels"]
+    data, store = write_set(one, config, run, names, progress), set_store(run, one.name)
+    scored = score_models(
+        models, config, run, data, plan, resources, progress, splits=("test",), set_name=one.name, data_url=store.root
     )
-    while not ray.wait([running], timeout=0.5)[0]:
-        progress.check()
-    return ray.get(running)
+    logits = {name: split["test"] for name, split in as_compared(config, run, scored).items()}
+    if one.asked.out_of_domain:
+        return proof.out_of_domain({name: split["test"] for name, split in on_test.items()}, logits)
+    rows = _rows(store, data, names, logits)
+    return proof.of_set(rows, slices_of(one), resamples=config.evaluate.bootstrap, seed=config.evaluate.seed)
+
+
+def _rows(store: Store, data: Manifest, names: list[str], logits: dict[str, np.ndarray]) -> proof.Rows:
+    """The test rows of prepared data beside what models say of them."""
+    shards = list(read_split(store, data.shards("test")))
+    texts = [text for shard in shards for text in shard.texts]
+    return proof.Rows(texts, np.concatenate([shard.labels_N for shard in shards]), names, logits)
 
 
 def _report(
     config: Config,
     run: Run,
     data: Manifest,
-    sources: dict[str, tuple[ModelSource, ...]],
+    models: list[Compared],
     logits: dict[str, Logits],
-    speed: dict[str, dict[str, float]],
+    speed: Speed,
     plan: Plan,
 ) -> dict[str, Any]:
     """All figures, under the names of the design."""
-    labels = {split: _labels(run, data, split) for split in SPLITS}
-    teacher, measures = logits["teacher"]["test"], measures_of(labels["test"])
-    models: dict[str, Any] = {}
-    for name, split in logits.items():
-        temperature = fit_label_temperature(*map(torch.from_numpy, (split["validation"], labels["validation"])))
-        models[name] = {
-            **measures.metrics(split["test"], labels["test"], temperature),
-            "agreement": float(measures.same(split["test"], teacher).mean()),
-            "kl_to_teacher": measures.kl(teacher, split["test"]),
-            **speed[name],
-            "size_bytes": sum(size_bytes(source.folder()) for source in sources[name]),
-        }
-    comparison = measures.compare(
-        labels["test"],
-        {name: split["test"] for name, split in logits.items()},
-        resamples=config.evaluate.bootstrap,
-        seed=config.evaluate.seed,
-    )
-    cache = run.require("cache")
+    asked, names = config.evaluate, data.facts["labels"]
+    rows = _rows(run.home("data"), data, names, {name: split["test"] for name, split in logits.items()})
+    labels = torch.from_numpy(_labels(run, data, "validation"))
+    temperatures = {
+        name: fit_label_temperature(torch.from_numpy(split["validation"]), labels) for name, split in logits.items()
+    }
+    bootstrap = {"resamples": asked.bootstrap, "seed": asked.seed}
+    found = {model.name: _figures(model, rows, temperatures, speed, config) for model in models}
+    ours = {name: found[name] for name in proof.OURS if name in found}
+    others = [
+        {"name": model.name, "kind": model.kind, **found[model.name], **proof.retention(rows, model.name, **bootstrap)}
+        for model in models
+        if model.name not in ours
+    ]
+    device = next(iter(speed))
     return {
-        "schema": 1,
+        "schema": 2,
         "name": config.name,
         "task": config.task,
         "created": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-        "labels": data.facts["labels"],
-        "test_rows": len(labels["test"]),
-        **models,
-        **{name: getattr(comparison, name) for name in comparison.__dataclass_fields__},
-        "agreement": models["student"]["agreement"],
+        "labels": names,
+        "test_rows": len(rows.texts),
+        **ours,
+        "others": others,
+        **proof.proof(rows, temperatures, asked=asked.retention, **bootstrap),
+        "agreement": ours["student"]["agreement"],
+        "speed": speed,
+        "curves": _curves(config, run),
         "teacher_combine": config.teacher.combine if is_ensemble(config) else None,
         "cross_fit": config.teacher.cross_fit,
         "teacher_temperature": teacher_temperature(config, run) if config.teacher.calibrate else None,
-        "teacher_forwards_per_row": forwards_per_row(data, cache),
+        "teacher_forwards_per_row": forwards_per_row(data, run.require("cache")),
         "measured": {
-            "latency_requests": config.evaluate.latency_requests,
-            "threads": config.evaluate.threads,
-            "dtype": config.evaluate.dtype,
+            "latency_requests": load_of(config).rounds * load_of(config).requests,
+            "threads": asked.threads,
+            "dtype": asked.dtype,
             "device": device_name(),
+            "timed_on": device,
+            "price_per_hour": asked.price_per_hour,
         },
         "data_report": data_report(data.facts),
         "fingerprints": fingerprints(run, plan),
         "environment": environment(),
         "config": config.model_dump(mode="json"),
     }
+
+
+def _figures(
+    model: Compared, rows: proof.Rows, temperatures: dict[str, float], speed: Speed, config: Config
+) -> dict[str, Any]:
+    """What one model reaches and costs."""
+    first = next(iter(speed.values()))[model.name]
+    found = {
+        **proof.figures(rows, model.name, temperatures[model.name]),
+        **first,
+        "size_bytes": sum(map(size_bytes, model.parts)),
+    }
+    if (price := config.evaluate.price_per_hour) is not None:
+        found["cost_per_million"] = price / 3600 * 1e6 / first["rows_per_second"]
+    return found
+
+
+def _curves(config: Config, run: Run) -> dict[str, list[dict[str, Any]]]:
+    """The validations of student and control by optimiser step, stage after stage."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for role in ("student", "control") if config.evaluate.control else ("student",):
+        points, before = [], 0
+        for stage in training_stages(role, config):
+            own = [point for point in read_curves(run.store, stage.folder) if point["group"] == "validation"]
+            points += [{**point, "step": before + point["step"]} for point in own]
+            before = points[-1]["step"] if points else 0
+        found[role] = points
+    return found
 
 
 def forwards_per_row(data: Manifest, cache: Manifest) -> float:
@@ -247,8 +221,9 @@ def _labels(run: Run, data: Manifest, split: str) -> np.ndarray:
     return np.concatenate([shard.labels_N for shard in read_split(run.home("data"), data.shards(split))])
 
 
-def size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in weight_files(folder))
+def size_bytes(source: ModelSource) -> int:
+    """Of a model's weights on disk."""
+    return sum(path.stat().st_size for path in source.weights())
 
 
 def fingerprints(run: Run, plan: Plan) -> dict[str, str]:
@@ -267,8 +242,3 @@ def commit_report(run: Run, plan: Plan, report: dict[str, Any]) -> None:
         for name in ("report.json", "report.html")
     ]
     commit_manifest(run.store, "report", plan.fingerprint, entries)
-
-
-def read_report(run: Run) -> dict[str, Any] | None:
-    """The finished report of a run, or None."""
-    return json.loads(run.store.read("report/report.json")) if read_manifest(run.store, "report") else None

@@ -13,6 +13,9 @@ from raydistill.record.lock import run_lock
 from raydistill.record.run import Run, open_run, part_of
 from raydistill.stages.check_search import check_search, check_search_stands
 from raydistill.stages.cluster import Resources, connect
+from raydistill.stages.compared import check_compared
+from raydistill.stages.export import check_export, export
+from raydistill.stages.extra_sets import check_sets
 from raydistill.stages.preflight import check_plans, check_resources
 from raydistill.stages.progress import Progress
 from raydistill.stages.tasks import Cost, Surveyed, task_of
@@ -32,6 +35,8 @@ def run_stages(
         raise UserError(f"--redo {redo}: this command does {', '.join(stages)} only. Use raydistill run --redo {redo}")
     if stages == ("tune",) and config.tune is None:
         raise UserError("tune: is missing. Add it, with a space to search and a number of trials")
+    if stages == ("export",) and config.export is None:
+        raise UserError("export: is missing. Add it, with formats such as [onnx, onnx-int8]")
     run = open_run(config.storage, config.name, cache_from=config.teacher.cache_from, redo=redo)
     task = task_of(config)
     with run_lock(run.store), progress.catching_signals():
@@ -57,6 +62,8 @@ def run_stages(
                 config = winning_config(config, run)
             if "train" in stages:
                 train(config, run, resources, progress)
+            if "export" in stages and config.export is not None:
+                export(config, run, progress)
             return task.evaluate(config, run, resources, progress) if "evaluate" in stages else None
 
 
@@ -71,11 +78,15 @@ def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress)
             )
         surveyed = task.survey(config, progress)
         run.check("data", task.data_plan(config, surveyed))
+    check_export(config)
     labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
     if stages != ("prepare",):
         task.check_models(config, run, labels)
         if config.tune is not None:
             check_search(config, run, labels)
+    if "evaluate" in stages:
+        check_compared(config, labels)
+        check_sets(config, labels)
     return surveyed
 
 
@@ -89,7 +100,7 @@ def write_config(config: Config, run: Run) -> None:
 @contextlib.contextmanager
 def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
     """The cluster, for stages that need one; a cluster that was started here ends with the run."""
-    if stages == ("prepare",):
+    if set(stages) <= {"prepare", "export"}:
         yield Resources(cpus=0, gpus=0, node_cpus=0)
         return
     import ray
@@ -110,4 +121,7 @@ def plan(config: Config, progress: Progress) -> Cost:
     task.check_models(config, run, labels)
     if config.tune is not None:
         check_search(config, run, labels)
+    check_export(config)
+    check_compared(config, labels)
+    check_sets(config, labels)
     return task.cost(config, run, surveyed)

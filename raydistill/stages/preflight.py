@@ -21,6 +21,7 @@ from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.augmenting import mask_token
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
+from raydistill.stages.export import check_exports_stand
 from raydistill.stages.feature_cache import check_lent_features, features_plan
 from raydistill.stages.feature_cost import FeatureCost, feature_cost
 from raydistill.stages.features import feature_terms
@@ -37,6 +38,7 @@ from raydistill.stages.teachers import (
     teacher_source,
     trainings,
 )
+from raydistill.stages.timing import timed_devices
 from raydistill.stages.training_job import TrainingRequest, settings_of, training_plan
 from raydistill.stages.training_stages import TrainingStage, training_stages
 from raydistill.stages.unfreezing import check_unfreezing
@@ -134,6 +136,8 @@ def check_resources(config: Config, stages: tuple[str, ...], resources: Resource
     scores = "train" in stages and any(stage.own_teacher for stage in training_stages("student", config))
     if "teach" in stages or "evaluate" in stages or scores:
         share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    if "evaluate" in stages:
+        timed_devices(config, resources)
     roles = ["teacher"] if "teach" in stages and config.teacher.fine_tune else []
     roles += ["student"] if "train" in stages else []
     for role in roles:
@@ -171,6 +175,8 @@ def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Re
         config = winning_config(config, run)
     if "train" in stages and made:
         run.check("student", training_plan(TrainingRequest("student", config, run, resources, teacher)))
+    if "export" in stages and (student := run.complete("student")) is not None:
+        check_exports_stand(config, run, student)
     if "evaluate" in stages and config.evaluate.control:
         run.check("control", training_plan(TrainingRequest("control", config, run, resources, teacher)))
 
@@ -203,6 +209,7 @@ class Cost:
     student_forwards: int = 0
     student_cache_bytes: int = 0
     search: SearchCost | None = None
+    exports: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
@@ -214,6 +221,7 @@ class Cost:
             f"optimiser steps at most: {steps}",
             *([self.search.line()] if self.search else []),
             *(self.features.lines() if self.features else []),
+            *([f"export: {', '.join(self.exports)}, each compared with the student"] if self.exports else []),
             *(
                 [
                     f"student forwards as the teacher of later stages: {self.student_forwards:,} rows at most,"
@@ -283,4 +291,5 @@ def cost(
         student_forwards=len(own) * scored + epochs_beside * learnt,
         student_cache_bytes=len(own) * scored * (classes * per_class + per_row),
         search=search,
+        exports=config.export.formats if config.export else (),
     )

@@ -23,7 +23,7 @@ from raydistill.data.folds import FoldRows
 from raydistill.data.shards import DataShard, read_shard
 from raydistill.data.tokens import Tokens, load_tokenizer, pack_by_length, pad, tokenise
 from raydistill.errors import UserError, storage_problem
-from raydistill.models import ModelSource, label_order, load_classifier
+from raydistill.models import ModelSource, label_order
 from raydistill.record.commit import Entry, Manifest, committed_shard
 from raydistill.record.store import open_store
 from raydistill.stages.cluster import Share
@@ -84,7 +84,7 @@ class Scorer:
         setting, folder = job.source.setting, job.source.folder()
         self._order = label_order(setting, folder, list(job.labels))
         self._tokenizer = load_tokenizer(folder, setting)
-        self._model = load_classifier(setting, folder, dtype=DTYPES[job.dtype]).to(self._device)
+        self._model = job.source.load(DTYPES[job.dtype]).to(self._device)
         self._model.requires_grad_(False)
         self._features = FeatureScorer(job.features, self._model, self._output) if job.features else None
         self._versions = self._written_counts()

@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from raydistill.config.export import FORMATS
 from raydistill.config.run import Config
 from raydistill.record.commit import MANIFEST
 from raydistill.record.run import PARTS, Run, part_of
 from raydistill.stages.checkpoints import Checkpoints
+from raydistill.stages.compared import QUANTISED_TEACHER
+from raydistill.stages.export import export_part, in_words
+from raydistill.stages.progress import size
 from raydistill.stages.teachers import trainings
 
 SHARD = re.compile(r"-\d{5}\.parquet$")  # what stands beside shards, such as an output head, has no rows of data
@@ -37,7 +41,9 @@ def expected_parts(config: Config) -> list[str]:
         "features": config.train.caches_features,
         "tune": config.tune is not None,
         "calibration": config.teacher.calibrate,
+        QUANTISED_TEACHER: config.evaluate.quantise_teacher,
         "control": config.evaluate.control,
+        **{export_part(name): config.export is not None and name in config.export.formats for name in FORMATS},
     }
     teachers = [one.part for one in trainings(config)]
     found = [part for part in PARTS if wanted.get(part, True)]
@@ -55,6 +61,8 @@ def _standing(run: Run, part: str) -> Standing:
         if part == "tune":
             won, metric = manifest.facts["winner"], manifest.facts["metric"]
             detail = f"{manifest.facts['trials']} trials, validation {metric} {won['value']:.4f}"
+        if facts.stage == "export":
+            detail = f"{size(manifest.facts['size_bytes'])}, {in_words(manifest.facts)}"
         if "value" in manifest.facts:
             detail = f"validation {manifest.facts['metric']} {manifest.facts['value']:.4f}"
         return Standing(part, facts.stage, "complete", detail)

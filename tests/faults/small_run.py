@@ -53,7 +53,7 @@ from raydistill.stages.cluster import Resources
 from raydistill.stages.job import TrainingJob
 from raydistill.stages.language import evaluate as language_evaluate
 from raydistill.stages.language.generation import measure_generation
-from raydistill.stages.latency import measure
+from raydistill.stages.latency import Load, measure
 from raydistill.stages.loop import run_training
 from raydistill.stages.progress import Progress
 from raydistill.stages.search import Search
@@ -187,11 +187,9 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
         run_training(job, post=record.posts.append, stopped=lambda: False)
         return None
 
-    def time_models(sources: Any, config: Config, *_: Any) -> dict[str, dict[str, float]]:
-        dtype, length = config.evaluate.dtype, config.data.max_length
-        return measure(
-            sources, ["my card was charged twice"] * 4, requests=2, threads=1, max_length=length, dtype=dtype
-        )
+    def time_models(sources: Any, config: Config, *_: Any) -> dict[str, Any]:
+        load = Load(2, 2, 1, config.data.max_length, config.evaluate.dtype)
+        return {"cpu": measure(sources, ["my card was charged twice"] * 4, load, "cpu")}
 
     def run_trials(search: Search, trials: Trials, *_: Any) -> None:
         while (work := search.next()) is not None:
@@ -218,7 +216,7 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
         group_training.FusedGroup = no_room
     if pattern := request.get("refused"):
         refuse(pattern)
-    evaluate._time_models = time_models
+    evaluate.time_models = time_models
     settings = config(Path(request["folder"]), Path(request["source"]), request.get("changes", {}))
     pipeline.run_stages(
         settings, tuple(request["stages"]), Progress(record.said.append), redo=request.get("redo") or None

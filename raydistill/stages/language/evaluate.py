@@ -54,7 +54,7 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     sums = read_measures(run.store, scored.entries)
     speed = _time_models(sources, config, run, data, resources, progress)
     models = {
-        name: {**language_metrics(sums, name), **speed[name], "size_bytes": size_bytes(source.folder())}
+        name: {**language_metrics(sums, name), **speed[name], "size_bytes": size_bytes(source)}
         for name, source in sources.items()
     }
     comparison = compare_models(sums, resamples=config.evaluate.bootstrap, seed=config.evaluate.seed)

@@ -1,0 +1,155 @@
+"""An exported classifier's folder: weights in one format, tokenizer, labels, and a small program that uses them.
+
+`export.json` says what the folder is: format, labels in the order of the logits, whether a row may have several, the
+tokens that a row is cut to and at which end, the student's number of parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from raydistill.adapters import whole
+from raydistill.errors import UserError, first_line
+from raydistill.exports.onnx_file import ONNX_FILE, OnnxClassifier, check_onnx, quantise_onnx, write_onnx
+from raydistill.exports.torchao_weights import check_torchao, write_torchao
+from raydistill.models import ModelSource, count_parameters, save_tokenizer, share_weights, weight_files
+from raydistill.record.fingerprint import digest
+from raydistill.record.store import sha256_file
+
+FACTS = "export.json"
+PROGRAM = "predict.py"
+
+
+def check_packages(format_name: str) -> None:
+    """Raises UserError, which names the extra to install, when a format's packages are not there."""
+    if format_name.startswith("onnx"):
+        check_onnx()
+    if format_name.startswith("torchao"):
+        check_torchao()
+
+
+def write_export(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    format_name: str,
+    *,
+    max_length: int,
+    multi_label: bool,
+    scratch: Path | None = None,
+    calibration: list[dict[str, npt.NDArray[np.int64]]] | None = None,
+) -> None:
+    """Writes a float32 classifier into a new folder; `calibration` are the inputs of single rows for static ranges.
+
+    `scratch` is a folder that keeps the model as float32 ONNX from one format to the next.
+
+    Raises UserError for a model or a tokenizer that the format cannot hold.
+    """
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"export.formats: {format_name}: {type(tokenizer).__name__} has no tokenizer.json. Save the student's"
+            " tokenizer as a fast one"
+        )
+    folder.mkdir()
+    model = whole(model) if hasattr(model, "peft_config") else model
+    facts = {
+        "format": format_name,
+        "labels": [model.config.id2label[number] for number in range(model.config.num_labels)],
+        "multi_label": multi_label,
+        "max_length": max_length,
+        "truncation_side": tokenizer.truncation_side,
+        "parameters": count_parameters(model),
+    }
+    if format_name == "safetensors-bf16":
+        model.to(torch.bfloat16).save_pretrained(str(folder))
+    elif format_name.startswith("torchao"):
+        write_torchao(model, folder)
+    else:
+        model.config.save_pretrained(str(folder))
+        _write_onnx(model, folder / ONNX_FILE, format_name, scratch, calibration)
+    save_tokenizer(tokenizer, folder, max_length=max_length)
+    (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    runtime = "onnx" if format_name.startswith("onnx") else "torch"
+    program = Path(__file__).with_name(f"predict_{runtime}.py.txt").read_text(encoding="utf-8")
+    (folder / PROGRAM).write_text(program, encoding="utf-8")
+    share_weights(folder, like=folder / FACTS)
+
+
+def _write_onnx(
+    model: Any,
+    path: Path,
+    format_name: str,
+    scratch: Path | None,
+    calibration: list[dict[str, npt.NDArray[np.int64]]] | None,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        kept = scratch or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        whole_file = kept / ONNX_FILE
+        if not whole_file.exists():
+            write_onnx(model, whole_file)
+        if format_name == "onnx":
+            shutil.copyfile(whole_file, path)
+        else:
+            quantise_onnx(whole_file, path, rows=calibration)
+
+
+def is_export(folder: Path) -> bool:
+    return (folder / FACTS).is_file()
+
+
+@dataclass(frozen=True)
+class ExportSource(ModelSource):
+    """A folder that `write_export` wrote, in the place of a model's."""
+
+    def folder(self) -> Path:
+        """The folder on this machine. Raises UserError when it holds no exported model."""
+        folder = Path(self.model) if self.store_url is None else self.fetched()
+        if not is_export(folder) or not self._weights(folder):
+            raise UserError(f"{self.setting}: {folder}: holds no exported model. Give a folder of a run's export/")
+        return folder
+
+    def facts(self) -> dict[str, Any]:
+        """What `export.json` says. Raises UserError when it cannot be read."""
+        path = self.folder() / FACTS
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.setting}: {path}: is not JSON ({first_line(error)}). Export it again") from None
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The model as it is deployed, whatever the dtype."""
+        folder = self.folder()
+        if (folder / ONNX_FILE).is_file():
+            check_onnx()
+            return OnnxClassifier(folder / ONNX_FILE).eval()
+        if "torchao" in self.facts()["format"]:
+            check_torchao()
+        return super().load(torch.bfloat16 if self.facts()["format"] == "safetensors-bf16" else dtype)
+
+    def identity(self) -> dict[str, str]:
+        folder = self.folder()
+        return {"export_sha256": digest({p.name: sha256_file(p) for p in sorted(folder.iterdir()) if p.is_file()})}
+
+    def parameters(self, model: Any) -> int:
+        return self.facts()["parameters"]
+
+    @property
+    def cpu_only(self) -> bool:
+        return (self.folder() / ONNX_FILE).is_file()
+
+    def weights(self) -> list[Path]:
+        return self._weights(self.folder())
+
+    @staticmethod
+    def _weights(folder: Path) -> list[Path]:
+        return [folder / ONNX_FILE] if (folder / ONNX_FILE).is_file() else weight_files(folder)

@@ -1,0 +1,235 @@
+"""Stage export: the student as files to deploy, each kept only when it answers as the student does.
+
+A file is written to a temporary folder, loaded again as it will be deployed, and compared with the student row by row.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raydistill.config.export import Export
+from raydistill.config.run import Config
+from raydistill.config.section import identity
+from raydistill.data.shards import read_split
+from raydistill.data.tokens import load_tokenizer, tokenise
+from raydistill.errors import UserError
+from raydistill.exports.folder import ExportSource, check_packages, write_export
+from raydistill.record.commit import Manifest, commit_folder
+from raydistill.record.fingerprint import Plan
+from raydistill.record.run import Run
+from raydistill.record.store import naming
+from raydistill.report.measures import measures_of
+from raydistill.stages.progress import Progress, size
+from raydistill.stages.scoring import Scorer, ScoringJob
+from raydistill.stages.teach import teacher_job
+from raydistill.stages.teachers import made_here
+
+EXACT = ("onnx",)  # formats that compute what the student does, to rounding in float32
+MAX_DIFFERENCE = 1e-4  # of their logits
+COMPARED = ("test", "validation", "train")  # rows come from the first that has any left
+
+
+def export_part(format_name: str) -> str:
+    """The name of a format as a part of a run."""
+    return f"export/{format_name}"
+
+
+def check_export(config: Config) -> None:
+    """Raises UserError for a format whose package is not installed."""
+    for format_name in config.export.formats if config.export else ():
+        check_packages(format_name)
+
+
+def check_exports_stand(config: Config, run: Run, student: Manifest) -> None:
+    """Raises UserError for a file that stands there for another student or other settings."""
+    for format_name in config.export.formats if config.export else ():
+        run.check(export_part(format_name), export_plan(config, format_name, student))
+
+
+def export_plan(config: Config, format_name: str, student: Manifest) -> Plan:
+    """Everything that determines an exported file and whether it is kept."""
+    assert config.export is not None
+    inputs = {"student": student.fingerprint, "data.max_length": config.data.max_length}
+    skip = ("formats",) if format_name == "onnx-int8-static" else ("formats", "calibration_rows")
+    if format_name in EXACT:
+        skip = (*skip, "min_agreement", "max_accuracy_loss")
+    return Plan(
+        export_part(format_name),
+        {**inputs, **{f"export.{name}": value for name, value in identity(config.export, skip=skip).items()}},
+    )
+
+
+def export(config: Config, run: Run, progress: Progress) -> list[Manifest]:
+    """Writes every format that the config asks for and that is not there; their manifests.
+
+    Raises UserError, after all were tried, for the first that does not answer as the student does.
+    """
+    assert config.export is not None
+    student, compared, problems, found = run.require("student"), None, [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for format_name in config.export.formats:
+            plan = export_plan(config, format_name, student)
+            manifest = run.standing(export_part(format_name), plan)
+            if manifest is not None:
+                progress.say(f"export: {format_name} is complete")
+                found.append(manifest)
+                continue
+            progress.check()
+            compared = compared or Rows.of(config, run)
+            try:
+                manifest = _export(config, run, format_name, plan, compared, Path(scratch))
+            except NotAsTheStudent as problem:
+                progress.say(f"export: {format_name} was not kept: {problem}")
+                problems.append(problem)
+                continue
+            progress.say(f"export: {format_name}, {size(manifest.facts['size_bytes'])}, {in_words(manifest.facts)}")
+            found.append(manifest)
+    if problems:
+        raise problems[0]
+    return found
+
+
+class NotAsTheStudent(UserError):
+    """An exported file answers otherwise than the student, by more than is allowed."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that every file is compared on, N of them, and what the student says of them."""
+
+    job: ScoringJob
+    texts: list[str]
+    labels_N: npt.NDArray[np.integer]
+    logits_NK: npt.NDArray[np.float32]
+    splits: tuple[str, ...]
+
+    @staticmethod
+    def of(config: Config, run: Run) -> Rows:
+        """The first rows of test, and of the splits after it where it has too few."""
+        assert config.export is not None
+        data = run.require("data")
+        source = made_here("student", run)
+        job = replace(
+            teacher_job(config, run, data, folder="", fingerprint="", dtype="float32"),
+            source=source,
+            codec="",
+            rows=None,
+        )
+        texts, labels, splits, wanted = [], [], [], config.export.rows
+        for split in COMPARED:
+            for shard in read_split(run.home("data"), data.shards(split)):
+                taken = wanted - len(texts)
+                if taken > 0:
+                    texts += shard.texts[:taken]
+                    labels.append(shard.labels_N[:taken])
+                    splits.append(split)
+        logits_NK = _logits(job, texts)
+        return Rows(job, texts, np.concatenate(labels), logits_NK, tuple(dict.fromkeys(splits)))
+
+
+def _logits(job: ScoringJob, texts: list[str]) -> npt.NDArray[np.float32]:
+    """float32 (N, K) of the texts, on the CPU."""
+    scorer = Scorer(job, device="cpu")
+    tokenizer = load_tokenizer(job.source.folder(), job.source.setting)
+    return scorer.logits(tokenise(tokenizer, texts, job.max_length))
+
+
+def _export(config: Config, run: Run, format_name: str, plan: Plan, rows: Rows, scratch: Path) -> Manifest:
+    """Writes, loads again, compares and commits one file; nothing stays of one that is not kept."""
+    assert config.export is not None
+    part, source = export_part(format_name), made_here("student", run)
+    staged = run.store.staging(part)
+    try:
+        tokenizer = load_tokenizer(source.folder(), source.setting)
+        calibration = _calibration(config, run, tokenizer) if format_name == "onnx-int8-static" else None
+        with naming(staged):
+            write_export(
+                source.load(), tokenizer, staged, format_name, max_length=config.data.max_length,
+                multi_label=config.task == "multi_label", calibration=calibration, scratch=scratch,
+            )  # fmt: skip
+            (staged / "plan.json").write_bytes(plan.sealed())
+        written = ExportSource(f"export.formats: {format_name}", str(staged))
+        facts = compare(rows, _logits(replace(rows.job, source=written), rows.texts))
+        if problem := _problem(config.export, format_name, facts):
+            raise NotAsTheStudent(f"export.formats: {format_name}: {problem}")
+        facts |= {"format": format_name, "splits": list(rows.splits)}
+        facts["size_bytes"] = sum(path.stat().st_size for path in written.weights())
+        return commit_folder(run.store, staged, part, plan.fingerprint, facts)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _calibration(config: Config, run: Run, tokenizer: Any) -> list[dict[str, npt.NDArray[np.int64]]]:
+    """Rows evenly spread over train, as the inputs of single requests."""
+    assert config.export is not None
+    data = run.require("data")
+    entries = data.shards("train")
+    total = sum(entry.rows for entry in entries)
+    places = set(np.linspace(0, total - 1, min(total, config.export.calibration_rows)).astype(int).tolist())
+    texts = (text for shard in read_split(run.home("data"), entries) for text in shard.texts)
+    chosen = [text for number, text in enumerate(texts) if number in places]
+    tokens = tokenise(tokenizer, chosen, config.data.max_length)
+    found = []
+    for number in range(len(tokens)):
+        ids = tokens.row(number).astype(np.int64)[None]
+        found.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    return found
+
+
+def compare(rows: Rows, logits_NK: npt.NDArray[np.float32]) -> dict[str, Any]:
+    """How far a file's logits are from the student's: the largest difference, agreement, both accuracies."""
+    measures = measures_of(rows.labels_N)
+    accuracy = {
+        name: measures.metrics(values, rows.labels_N, 1.0)["accuracy"]
+        for name, values in (("accuracy", logits_NK), ("student_accuracy", rows.logits_NK))
+    }
+    return {
+        "rows": len(rows.labels_N),
+        "difference": float(np.abs(logits_NK - rows.logits_NK).max()),
+        "agreement": float(measures.same(logits_NK, rows.logits_NK).mean()),
+        **accuracy,
+    }
+
+
+def _problem(asked: Export, format_name: str, facts: dict[str, Any]) -> str | None:
+    """Why a file is not kept, None for one that is."""
+    if format_name in EXACT:
+        if facts["difference"] <= MAX_DIFFERENCE and facts["agreement"] == 1:
+            return None
+        return (
+            f"{in_words(facts)}; allowed is {MAX_DIFFERENCE:g} and the student's answer in all rows. Leave the format"
+            " out, and report the model that it happens with"
+        )
+    lost = facts["student_accuracy"] - facts["accuracy"]
+    if facts["agreement"] >= asked.min_agreement and lost <= asked.max_accuracy_loss:
+        return None
+    return (
+        f"{in_words(facts)}; asked are an agreement of {asked.min_agreement:.2%} and at most"
+        f" {asked.max_accuracy_loss * 100:g} points less accuracy. Set export.min_agreement or"
+        " export.max_accuracy_loss, or leave the format out"
+    )
+
+
+def in_words(facts: dict[str, Any]) -> str:
+    """What the comparison found."""
+    return (
+        f"largest difference of a logit {facts['difference']:.2g}, {facts['agreement']:.2%} of {facts['rows']:,} rows"
+        f" answered as by the student, accuracy {facts['accuracy']:.2%} (student {facts['student_accuracy']:.2%})"
+    )
+
+
+def exported(config: Config, run: Run) -> dict[str, ExportSource]:
+    """The finished files of a run by format, as models that can be compared."""
+    formats = config.export.formats if config.export else ()
+    return {
+        name: ExportSource(f"export/{name}", export_part(name), store_url=run.store.root)
+        for name in formats
+        if run.complete(export_part(name)) is not None
+    }
