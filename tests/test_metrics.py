@@ -264,7 +264,7 @@ def test_verdict_says_whether_the_retention_asked_for_is_proved():
     lines = " ".join(verdict(report()))
     assert "99 % retention: not shown with this test set. Drops in accuracy of 0.61 points or more" in lines
     assert "3 rows are right by the student alone, 43 by the teacher alone (McNemar's exact test: p = 0.001)" in lines
-    assert "onnx-int8 keeps 97.5% at 10.0 times less on disk and 4.0 times the speed" in lines
+    assert "onnx-int8 keeps 97.5%, with 10.0 times fewer bytes on disk and requests answered 4.0 times as fast" in lines
     assert "closes 40% of the gap between control and teacher (95 % interval 20% to 60%)" in lines
 
 

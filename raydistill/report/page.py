@@ -120,15 +120,13 @@ def _alternatives(report: dict[str, Any]) -> list[str]:
     """Distil, quantise, or both: what each keeps and weighs."""
     whole = report["teacher"]["size_bytes"]
     found = [one for one in report.get("others", []) if one["kind"] in ("export", "quantised teacher")]
-    if not found:
-        return []
-    parts = [
-        f"{one['name']} keeps {one['retention']:.1%} at {whole / one['size_bytes']:.1f} times less on disk and"
-        f" {report['teacher']['latency_ms_p50'] / one['latency_ms_p50']:.1f} times the speed"
+    return [
+        f"Of the teacher's {quality_of(report)} {one['name']} keeps {one['retention']:.1%}, with"
+        f" {whole / one['size_bytes']:.1f} times fewer bytes on disk and requests answered"
+        f" {report['teacher']['latency_ms_p50'] / one['latency_ms_p50']:.1f} times as fast."
         for one in found
         if one["retention"] is not None
     ]
-    return [f"Of the teacher's {quality_of(report)}: {'; '.join(parts)}."]
 
 
 def teacher_notes(report: dict[str, Any]) -> list[str]:
@@ -218,7 +216,7 @@ def report_pictures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "What it costs",
             pictures.trade_off(models, quality, key),
-            "Up and to the left is better; both scales below are logarithmic.",
+            "Up and to the left is better; sizes and times are on logarithmic scales.",
         ),
         (
             "How honest its certainty is",

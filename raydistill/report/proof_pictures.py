@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from raydistill.report.pictures import COLOURS, INK, drawn
 
@@ -19,8 +19,9 @@ KINDS = {
     "teacher": ("s", 0.0), "student": ("o", 0.65), "control": ("^", 0.35), "export": ("D", 0.8),
     "quantised teacher": ("X", 0.15), "model": ("P", 0.5),
 }  # fmt: skip
+LINES = ("-", "--", ":", "-.")
 NAMED_CLASSES = 6  # those that lose most
-SIDES = ((7, 5, "left"), (7, -11, "left"), (-7, 5, "right"), (-7, -11, "right"))  # where a name stands beside its point
+AROUND = ((0, 10), (10, 0), (0, -10), (-10, 0))  # where a number stands beside its point; neighbours in turn
 
 Models = Sequence[dict[str, Any]]
 
@@ -33,21 +34,23 @@ def trade_off(models: Models, quality: str, key: str) -> str:
         _points(left, [(one, one["size_bytes"] / 1e6) for one in models], key, "weights on disk, MB")
         _points(right, [(one, one["latency_ms_p50"]) for one in models], key, "single request, p50, ms")
         left.set_ylabel(quality)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
-    return drawn("tradeoff", 3.6, draw, f"{quality} against size and latency")
+    return drawn("tradeoff", 4.0, draw, f"{quality} against size and latency")
 
 
 def _points(axes: Axes, places: list[tuple[dict[str, Any], float]], key: str, title: str) -> None:
     axes.set_xscale("log")
-    for number, (one, across) in enumerate(sorted(places, key=lambda place: place[1])):
+    for number, (one, across) in enumerate(places, 1):
         marker, shade = KINDS[one["kind"]]
-        axes.plot(across, one[key], marker, color=COLOURS(shade), markersize=8)
-        dx, dy, side = SIDES[number % len(SIDES)]
+        label = f"{number} {one['name']}"
+        axes.plot(across, one[key], marker, color=COLOURS(shade), markersize=8, linestyle="none", label=label)
+        dx, dy = AROUND[number % len(AROUND)]
         axes.annotate(
-            one["name"], (across, one[key]), xytext=(dx, dy), textcoords="offset points", fontsize=8, ha=side,
-            parse_math=False,
+            str(number), (across, one[key]), xytext=(dx, dy), textcoords="offset points", fontsize=8, ha="center",
+            va="center",
         )  # fmt: skip
-    axes.margins(0.28, 0.22)
+    axes.margins(0.15, 0.2)
     axes.set_xlabel(title)
     axes.xaxis.set_major_formatter(PLAIN)
     axes.xaxis.set_minor_formatter(NullFormatter())
@@ -69,6 +72,7 @@ def reliability(diagrams: dict[str, dict[str, list[dict[str, float]]]]) -> str:
             axes.set_title(name, fontsize=9, parse_math=False)
             axes.set_xlabel("probability")
             for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(FixedLocator([0, 0.5, 1]))
                 axis.set_major_formatter(PERCENT)
             axes.set_aspect("equal")
         columns[0].set_ylabel("holds")
@@ -132,19 +136,18 @@ def latency_by_length(models: Models) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        for one in models:
+        for number, one in enumerate(models):
             marker, shade = KINDS[one["kind"]]
             groups = one["latency_by_length"]
             across, up = [g["tokens_to"] for g in groups], [g["latency_ms_p50"] for g in groups]
-            axes.plot(across, up, f"{marker}-", color=COLOURS(shade), markersize=4, linewidth=1.2)
-            axes.annotate(
-                one["name"], (across[-1], up[-1]), xytext=(6, -3), textcoords="offset points", fontsize=8,
-                parse_math=False,
-            )  # fmt: skip
+            line = LINES[number % len(LINES)]
+            axes.plot(
+                across, up, marker, linestyle=line, color=COLOURS(shade), markersize=4, linewidth=1.2, label=one["name"]
+            )
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.16)
+        figure.legend(loc="outside right center", frameon=False, fontsize=8)
         axes.set_xlabel("tokens of a row, up to")
         axes.set_ylabel("single request, p50, ms")
         axes.grid(alpha=0.25, linewidth=0.6)
