@@ -16,8 +16,8 @@ PERCENT = FuncFormatter(
 )
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 KINDS = {
-    "teacher": ("s", 0.0), "student": ("o", 0.65), "control": ("^", 0.35), "export": ("D", 0.8),
-    "quantised teacher": ("X", 0.15), "model": ("P", 0.5),
+    "teacher": ("s", 0.22), "student": ("o", 0.65), "control": ("^", 0.35), "export": ("D", 0.8),
+    "quantised teacher": ("X", 0.3), "model": ("P", 0.5),
 }  # fmt: skip
 LINES = ("-", "--", ":", "-.")
 NAMED_CLASSES = 6  # those that lose most
