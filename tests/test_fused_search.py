@@ -10,9 +10,13 @@ from typing import Any
 import pytest
 from test_tune import WHOLE, curves, facts, searched, table
 
-from raydistill.config.file import validate
+from raydistill.config.file import load_config, validate
 from raydistill.config.run import Config
-from raydistill.stages.search_cost import count_groups
+from raydistill.record.run import open_run
+from raydistill.stages import pipeline
+from raydistill.stages.progress import Progress
+from raydistill.stages.search_cost import count_groups, search_cost
+from raydistill.stages.status import standings
 
 RATES = [1e-3, 1e-2, 3e-3, 3e-2]
 # Rungs at epochs 1 and 2: of four trials two go on, then one.
@@ -130,6 +134,44 @@ def test_a_search_that_grows_while_it_is_stopped_keeps_its_groups(runs, fused: t
     assert [row["trial"] for row in table(folder)] == [0, 1, 2, 3]
 
 
+def test_a_run_searches_trains_the_winner_and_compares(runs, fused: tuple[Path, dict[str, Any]]):
+    folder = runs.start("prepare")
+    stages = ("prepare", "teach", "tune", "train", "evaluate")
+    answer = runs.run(folder, *stages, changes=FUSED)
+    assert answer["error"] is None
+    assert (table(folder), curves(folder)) == (table(fused[0]), curves(fused[0]))
+    config = load_config(folder / "config.yaml")
+    run = open_run(config.storage, config.name)
+    for part in ("student", "control"):
+        plan = run.plan(part)
+        assert plan is not None
+        assert plan.inputs["train.learning_rate"] == facts(folder)["winner"]["point"]["train.learning_rate"]
+    standing = {found.part: found for found in standings(run, config)}
+    assert {found.state for found in standing.values()} == {"complete"}
+    assert standing["tune"].detail.startswith("4 trials, validation nll ")
+    line = "search: 4 trials (1 fused group of up to 4), 32 steps at most; no teacher forward"
+    assert line in pipeline.plan(config, Progress()).lines()
+    # Another search, on request: what stood there is kept, and the student follows it.
+    rates = [2e-3, 5e-4, 4e-3, 8e-3]
+    again = FUSED | {"tune.space": {"train.learning_rate": {"choice": rates}}}
+    refused = runs.run(folder, *stages, changes=again)
+    assert "tune.space.train.learning_rate.choice: was made with" in refused["error"]
+    redone = runs.run(folder, *stages, changes=again, redo="tune")
+    assert redone["error"] is None
+    assert "tune.1" in {path.name for path in folder.iterdir()}
+    plan = run.plan("student")
+    assert plan is not None
+    assert plan.inputs["train.learning_rate"] == facts(folder)["winner"]["point"]["train.learning_rate"]
+    assert plan.inputs["train.learning_rate"] in rates
+
+
+def test_a_search_that_ran_out_of_time_goes_on_with_more(runs, fused: tuple[Path, dict[str, Any]]):
+    folder, answer = searched(runs, FUSED | {"tune.time_budget": 1e-6})
+    assert "tune.time_budget: ended before any trial had an epoch. Raise it" in answer["error"]
+    assert runs.run(folder, "tune", changes=FUSED)["error"] is None
+    assert (table(folder), curves(folder)) == (table(fused[0]), curves(fused[0]))
+
+
 def test_a_member_that_fails_is_a_row_and_the_others_go_on(runs):
     # Logits over such a temperature overflow.
     space = {"train.loss.temperature": {"choice": [1e-41, 2.0, 4.0]}}
@@ -206,6 +248,22 @@ def config(**tune: Any) -> Config:
 )
 def test_the_groups_that_plan_announces(tune: dict[str, Any], expected: int | None):
     assert count_groups(config(**tune), Path("unused")) == expected
+
+
+@pytest.mark.parametrize(
+    ("tune", "changes", "part"),
+    [
+        ({"space": TEMPERATURE, "trials": 24}, {}, "24 trials (3 fused groups of up to 8), 480 steps at most"),
+        ({"space": SIZE | TEMPERATURE, "trials": 24}, {}, "(fused in groups of up to 8 that differ in nothing else"),
+        ({"space": SIZE, "search": "grid"}, {}, "(each alone: train.batch_size: 16 differs from 8; fused trials share"),
+        ({"space": TEMPERATURE, "trials": 24, "fused": False}, {}, "(each alone: tune.fused: false)"),
+        ({"space": TEMPERATURE, "trials": 24}, {"hidden_size": 1024, "num_heads": 16}, "alone: student: 1024 units"),
+    ],
+)  # fmt: skip
+def test_the_line_of_plan_says_how_trials_are_trained(tune: dict[str, Any], changes: dict[str, Any], part: str):
+    # A fifth of 320 rows in batches of 32, 10 epochs.
+    found = validate({**BASE, "student": {**BASE["student"], **changes}, "tune": tune}, {}, "test")
+    assert part in search_cost(found, 320, Path("unused")).line()
 
 
 def test_what_a_terminal_shows_of_a_search():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,10 @@ from raydistill.config.points import corners, with_point
 from raydistill.config.run import Config
 from raydistill.data.order import steps_per_epoch
 from raydistill.search.space import grid
+from raydistill.stages.fusable import why_not_together, why_separate
 from raydistill.stages.search_groups import grouped
 from raydistill.stages.trial import trial_config
+from raydistill.students.build import student_shape
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class SearchCost:
     steps: int
     groups: int | None  # None where that depends on points that are not drawn yet
     members: int  # of a group, at most
+    why_alone: str = ""  # where there are no groups
 
     def line(self) -> str:
         together = f"fused in groups of up to {self.members} that differ in nothing else, as their points are drawn"
         if self.groups is not None:
-            together = f"{self.groups:,} fused groups of up to {self.members}" if self.groups else "each alone"
+            fused = f"{self.groups:,} fused group{'s' if self.groups > 1 else ''} of up to {self.members}"
+            together = fused if self.groups else f"each alone: {self.why_alone}"
         return f"search: {self.trials:,} trials ({together}), {self.steps:,} steps at most; no teacher forward"
 
 
@@ -38,7 +43,8 @@ def search_cost(config: Config, rows: int, teacher_folder: Path) -> SearchCost:
     share = math.ceil(rows * tune.data_fraction)
     most = max(train.epochs * steps_per_epoch(share, train.batch_size) for train in trials)
     groups = count_groups(config, teacher_folder)
-    return SearchCost(tune.num_trials, tune.num_trials * most, groups, min(tune.fused_members, tune.generation))
+    why = "" if groups != 0 else _why_alone(config, teacher_folder)
+    return SearchCost(tune.num_trials, tune.num_trials * most, groups, min(tune.fused_members, tune.generation), why)
 
 
 def count_groups(config: Config, teacher_folder: Path) -> int | None:
@@ -59,3 +65,14 @@ def count_groups(config: Config, teacher_folder: Path) -> int | None:
     starts = range(0, tune.num_trials, tune.generation)
     generations = [dict(enumerate(configs[start : min(start + tune.generation, tune.num_trials)])) for start in starts]
     return sum(len(grouped(generation, teacher_folder, tune)) for generation in generations)
+
+
+def _why_alone(config: Config, teacher_folder: Path) -> str:
+    """Why the trials of a search form no group, by the first of its points."""
+    assert config.tune is not None
+    asked = config.tune.fused
+    if asked is False:
+        return "tune.fused: false"
+    several = [trial_config(config, point, fused=True) for point in itertools.islice(corners(config.tune.space), 2)]
+    shape = student_shape(several[0].student, teacher_folder)
+    return why_separate(several[0], shape, asked) or why_not_together(several) or "there is one"

@@ -115,7 +115,7 @@ def _commit(config: Config, run: Run, plan: Plan, search: Search) -> Manifest:
     """The tables, TensorBoard's HParams and best.yaml, then the manifest that names them."""
     assert config.tune is not None
     metric, choose = config.tune.metric, config.train.choose
-    if all(trial.status == "failed" for trial in search.trials):
+    if search.trials and all(trial.status == "failed" for trial in search.trials):
         raise UserError(
             f"tune: all {len(search.trials)} trials failed, most of them so: {commonest_reason(search.trials)}."
             " Change the space, or mend that; --redo tune searches again"
