@@ -354,7 +354,7 @@ def test_bad_input(place: Path, capsys: pytest.CaptureFixture[str], changes: lis
         (["run"], "Missing argument 'CONFIG'. See raydistill --help"),
         (["run", "c.yaml", "--fast"], "No such option: --fast. See raydistill --help"),
         (["run", "c.yaml", "--redo", "cook"],
-         "--redo: found 'cook'; it takes one of prepare, teach, tune, train, evaluate"),
+         "--redo: found 'cook'; it takes one of prepare, teach, tune, train, export, evaluate"),
         (["tune", "c.yaml"], "tune: is missing. Add it, with a space to search and a number of trials"),
         (["prepare", "c.yaml", "--redo", "train"],
          "--redo train: this command does prepare only. Use raydistill run --redo train"),
