@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from raydistill.report.pictures import COLOURS, INK, drawn
 
@@ -40,7 +40,7 @@ def trade_off(models: Models, quality: str, key: str) -> str:
 
 
 def _points(axes: Axes, places: list[tuple[dict[str, Any], float]], key: str, title: str) -> None:
-    axes.set_xscale("log")
+    _logarithmic(axes, "x", [across for _, across in places])
     for number, (one, across) in enumerate(places, 1):
         marker, shade = KINDS[one["kind"]]
         label = f"{number} {one['name']}"
@@ -52,10 +52,18 @@ def _points(axes: Axes, places: list[tuple[dict[str, Any], float]], key: str, ti
         )  # fmt: skip
     axes.margins(0.15, 0.2)
     axes.set_xlabel(title)
-    axes.xaxis.set_major_formatter(PLAIN)
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter(PERCENT)
     axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def _logarithmic(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) -> None:
+    """A logarithmic scale whose ticks have their numbers, also where the values lie within one power of ten."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if max(values) < 10 * min(values) else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(PLAIN)
 
 
 def reliability(diagrams: dict[str, dict[str, list[dict[str, float]]]]) -> str:
@@ -144,9 +152,7 @@ def latency_by_length(models: Models) -> str:
             axes.plot(
                 across, up, marker, linestyle=line, color=COLOURS(shade), markersize=4, linewidth=1.2, label=one["name"]
             )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(PLAIN)
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axes, "y", [group["latency_ms_p50"] for one in models for group in one["latency_by_length"]])
         figure.legend(loc="outside right center", frameon=False, fontsize=8)
         axes.set_xlabel("tokens of a row, up to")
         axes.set_ylabel("single request, p50, ms")
