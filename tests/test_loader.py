@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from raydistill.cache.shards import write_logits
-from raydistill.data import loader
+from raydistill.data import held_shards, loader
 from raydistill.data.loader import Batch, Split
 from raydistill.data.order import epoch_batches, steps_per_epoch
 from raydistill.data.shards import ShardWriter
@@ -187,18 +187,18 @@ def test_little_memory_changes_no_batch_and_reads_no_shard_twice(
 
     read_shard = loader.read_shard
     monkeypatch.setattr(loader, "read_shard", counted)
-    monkeypatch.setattr(loader, "HELD_BYTES", held_bytes)
-    split._held.clear()
+    monkeypatch.setattr(held_shards, "HELD_BYTES", held_bytes)
+    split._held = held_shards.HeldShards(split._load)
     assert [ids(batch) for (batch,) in steps(split)] == expected
     assert set(reads.values()) == {1}
     assert len(reads) == 7
 
 
 def test_shards_that_are_not_needed_again_are_let_go(split: Split, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(loader, "HELD_BYTES", 0)
+    monkeypatch.setattr(held_shards, "HELD_BYTES", 0)
     for number in range(7):
-        split.shard(number)
-    assert list(split._held) == [6]
+        split._held[number]
+    assert split._held.numbers == [6]
 
 
 def test_length_batches_take_each_row_once_in_order_of_length(split: Split):

@@ -5,9 +5,7 @@ Shapes: N rows, K classes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ from raydistill.cache.feature_shards import FeatureShard, read_features
 from raydistill.cache.shards import LogitShard, read_logits
 from raydistill.data.feature_targets import FOLDER, CachedFeatures
 from raydistill.data.folds import FoldRows
+from raydistill.data.held_shards import HeldShards
 from raydistill.data.order import epoch_batches
 from raydistill.data.shards import DataShard, read_shard
 from raydistill.data.tokens import Tokens, pack_by_length, pad, tokenise
@@ -26,8 +25,6 @@ from raydistill.errors import UserError
 from raydistill.record.commit import Entry, Manifest
 from raydistill.record.store import Store
 from raydistill.targets import TeacherTargets
-
-HELD_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -58,9 +55,9 @@ class Shard:
 class Split:
     """One split of the data, or several as one, with its share of the teacher's cache, and of its cached features.
 
-    Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES. The
-    teacher's logits are divided by its temperature when they are read: a calibrated teacher's cache is kept raw. `rows`
-    leaves the others out as if they were not in the data; the order of what is left depends on (seed, epoch) alone.
+    The teacher's logits are divided by its temperature when they are read: a calibrated teacher's cache is kept raw.
+    `rows` leaves the others out as if they were not in the data; the order of what is left depends on (seed, epoch)
+    alone.
     """
 
     def __init__(
@@ -92,36 +89,12 @@ class Split:
         self._chosen = rows.open() if rows else None
         self.shard_rows = [self._chosen.count(e.file) if self._chosen else e.rows for e in self.entries]
         self.rows = sum(self.shard_rows)
-        self._held: OrderedDict[int, Future[Shard]] = OrderedDict()
-        self._needed: set[int] = set()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._held = HeldShards(self._load)
 
     @property
     def has_teacher(self) -> bool:
         """Whether batches carry the teacher's logits."""
         return self._cache is not None
-
-    def shard(self, number: int) -> Shard:
-        self.read_ahead([number])
-        self._held.move_to_end(number)
-        shard = self._held[number].result()
-        self._release(self._needed | {number})
-        return shard
-
-    def read_ahead(self, numbers: list[int]) -> None:
-        """Starts reading shards in the background."""
-        for number in numbers:
-            if number not in self._held:
-                self._held[number] = self._reader.submit(self._load, number)
-
-    def _release(self, keep: set[int]) -> None:
-        done = {n: f.result().nbytes for n, f in self._held.items() if f.done()}
-        total = sum(done.values())
-        for number in [n for n in done if n not in keep]:
-            if total <= HELD_BYTES:
-                return
-            del self._held[number]
-            total -= done[number]
 
     def _load(self, number: int) -> Shard:
         rows = read_shard(self._store, self.entries[number])
@@ -159,7 +132,7 @@ class Split:
 
     def batch(self, places: npt.NDArray[np.int64], rows: int | None = None) -> Batch:
         """The batch of these (shard, row) pairs."""
-        shards = {int(n): self.shard(int(n)) for n in np.unique(places[:, 0])}
+        shards = {int(n): self._held[int(n)] for n in np.unique(places[:, 0])}
         tokens = [shards[int(s)].tokens.row(int(r)) for s, r in places]
         labels = torch.from_numpy(np.array([shards[int(s)].labels_N[r] for s, r in places]))
         teacher = None
@@ -186,13 +159,13 @@ class Split:
             lengths=self._lengths if by_length else None,
         )  # fmt: skip
         for places, needed in order:
-            self._needed = {*needed, *places[:, 0].tolist()}
-            self.read_ahead(needed)
+            self._held.need({*needed, *places[:, 0].tolist()})
+            self._held.read_ahead(needed)
             yield len(places), lambda places=places: self._micro_batches(places, rank, world, accumulation)
 
     def _lengths(self, number: int) -> npt.NDArray[np.integer]:
-        self._needed = self._needed | {number}  # the batches that come hold its rows
-        return self.shard(number).tokens.lengths_N
+        self._held.need_too(number)  # the batches that come hold its rows
+        return self._held[number].tokens.lengths_N
 
     def _micro_batches(
         self, places: npt.NDArray[np.int64], rank: int, world: int, accumulation: int
@@ -204,11 +177,11 @@ class Split:
     def length_batches(self, tokens_per_batch: int) -> Iterator[Batch]:
         """Every row once, shard by shard, packed by length."""
         for number in range(len(self.entries)):
-            for rows in pack_by_length(self.shard(number).tokens.lengths_N, tokens_per_batch):
+            for rows in pack_by_length(self._held[number].tokens.lengths_N, tokens_per_batch):
                 yield self.batch(np.stack([np.full(len(rows), number), rows], axis=1))
 
     def close(self) -> None:
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._held.close()
 
 
 def pair_entries(data: list[Entry], cache: list[Entry], folder: str = "teacher/cache") -> list[Entry]:

@@ -5,9 +5,7 @@ Shapes: N positions that are learnt from, R rows, P packs of W tokens, D width o
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +13,8 @@ import numpy.typing as npt
 import torch
 
 from raydistill.cache.next_tokens import NextTokenCache, NextTokenShard
-from raydistill.data.loader import HELD_BYTES, pair_entries
+from raydistill.data.held_shards import HeldShards
+from raydistill.data.loader import pair_entries
 from raydistill.data.packing import dealt, pack_inputs, packed
 from raydistill.data.token_order import token_batches, token_steps
 from raydistill.data.token_shards import TokenShard, read_token_shard
@@ -57,10 +56,7 @@ class _Held:
 
 
 class TokenSplit:
-    """One split of a language model's data with its share of the teacher's cache.
-
-    Shards that coming batches need are held in memory, and of the others those used last, up to HELD_BYTES.
-    """
+    """One split of a language model's data with its share of the teacher's cache."""
 
     def __init__(self, store: Store, splits: tuple[str, ...], data: Manifest, cache: NextTokenCache | None) -> None:
         self._store, self._cache = store, cache
@@ -74,9 +70,7 @@ class TokenSplit:
             self._learnt.append(shard.learnt_R)
         self.rows = int(sum(part.sum() for part in self._learnt))  # of what a loss is a mean: positions
         self.tokens = int(sum(part.sum() for part in self._lengths))
-        self._held: OrderedDict[int, Future[_Held]] = OrderedDict()
-        self._needed: set[int] = set()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._held = HeldShards(self._load)
 
     @property
     def has_teacher(self) -> bool:
@@ -87,28 +81,6 @@ class TokenSplit:
         """Optimiser steps of an epoch."""
         return token_steps(self.tokens, batch_tokens)
 
-    def shard(self, number: int) -> _Held:
-        self.read_ahead([number])
-        self._held.move_to_end(number)
-        shard = self._held[number].result()
-        self._release(self._needed | {number})
-        return shard
-
-    def read_ahead(self, numbers: list[int]) -> None:
-        """Starts reading shards in the background."""
-        for number in numbers:
-            if number not in self._held:
-                self._held[number] = self._reader.submit(self._load, number)
-
-    def _release(self, keep: set[int]) -> None:
-        done = {n: f.result().nbytes for n, f in self._held.items() if f.done()}
-        total = sum(done.values())
-        for number in [n for n in done if n not in keep]:
-            if total <= HELD_BYTES:
-                return
-            del self._held[number]
-            total -= done[number]
-
     def _load(self, number: int) -> _Held:
         tokens = read_token_shard(self._store, self.entries[number])
         if self._cache is None or self._kept is None:
@@ -118,7 +90,7 @@ class TokenSplit:
 
     def batch(self, places: Int64, *, counts: bool = True) -> TokenBatch:
         """The batch of these (shard, row) pairs; without `counts` none of their positions is learnt from."""
-        shards = {int(number): self.shard(int(number)) for number in np.unique(places[:, 0])}
+        shards = {int(number): self._held[int(number)] for number in np.unique(places[:, 0])}
         rows = [shards[shard].tokens.row(row) for shard, row in places.tolist()]
         inputs, starts = pack_inputs(rows, packed([len(row) for row in rows]))
         positions = [shards[shard].tokens.positions(row) for shard, row in places.tolist()]
@@ -157,8 +129,8 @@ class TokenSplit:
         """(global count of positions, this rank's micro-batches) of every step of an epoch from first_step on."""
         order = token_batches(self._lengths, seed=seed, epoch=epoch, batch_tokens=batch_tokens, first_step=first_step)
         for places, needed in order:
-            self._needed = {*needed, *places[:, 0].tolist()}
-            self.read_ahead(needed)
+            self._held.need({*needed, *places[:, 0].tolist()})
+            self._held.read_ahead(needed)
             learnt = sum(int(self._learnt[shard][row]) for shard, row in places.tolist())
             yield learnt, lambda places=places: self._micro_batches(places, rank, world, accumulation)
 
@@ -176,7 +148,7 @@ class TokenSplit:
                 yield self.batch(np.stack([np.full(len(rows), number), rows], axis=1))
 
     def close(self) -> None:
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        self._held.close()
 
 
 def check_vocabulary(data: Manifest, vocabulary: int, what: str) -> None:
