@@ -48,8 +48,8 @@ else
 	@echo 'benchmarks/banking77.py left out: make bench DATA=folder-with-train-and-test-csv TEACHER=model-folder'
 endif
 
-soak: $(STAMP) ## the slow tests
-	$(BIN)/pytest -m slow
+soak: $(STAMP) ## the slow tests, in two processes
+	$(BIN)/pytest -m slow -n 2 --dist load
 
 clean: ## remove what tools leave behind; the virtual environment and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -270,6 +270,11 @@ def on_ray(runs: Any, like: Path) -> tuple[Path, list[str]]:
     return folder, [sys.executable, "-m", "raydistill", "tune", str(path)]
 
 
+def trial_actors(tree: list[psutil.Process]) -> list[psutil.Process]:
+    """Those of a driver's processes that are trials: Ray calls one after the class, and Tune's name for it at work."""
+    return [p for p in tree if "".join(p.cmdline()).startswith(("ray::TrialActor", "ray::ResourceTrainable"))]
+
+
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_trials_on_ray_tune_two_at_once_find_the_same(runs):
@@ -302,7 +307,7 @@ def test_a_search_on_ray_goes_on_after_a_kill(runs, halved: tuple[Path, dict[str
             assert process.poll() is None, "the search ended before the moment to disturb it"
             time.sleep(0.02)
         tree = psutil.Process(process.pid).children(recursive=True)
-        victims = [p for p in tree if "TrialActor" in "".join(p.cmdline())] if killed == "trial" else [*tree, process]
+        victims = trial_actors(tree) if killed == "trial" else [*tree, process]
         assert victims
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
