@@ -30,7 +30,7 @@ from raydistill.config.file import validate
 from raydistill.config.run import Config
 from raydistill.data.order import epoch_batches
 from raydistill.demo import write_new_bert
-from raydistill.models import start_classifier
+from raydistill.models.loading import start_classifier
 from raydistill.record.commit import commit_manifest
 from raydistill.record.run import Run, open_run
 from raydistill.stages.cluster import Resources

@@ -32,7 +32,7 @@ from raydistill.config.file import validate
 from raydistill.config.run import Config
 from raydistill.data.shards import read_split
 from raydistill.data.tokens import tokenise
-from raydistill.models import count_parameters
+from raydistill.models.loading import count_parameters
 from raydistill.record.commit import read_manifest
 from raydistill.record.run import open_run
 from raydistill.record.store import LocalStore

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raydistill.config.file import validate
 from raydistill.config.run import Config
-from raydistill.models import quiet_transformers
+from raydistill.models.loading import quiet_transformers
 from raydistill.tickets import write_tickets
 
 VOCABULARY = 1500

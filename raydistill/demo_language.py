@@ -13,7 +13,7 @@ from typing import Any
 
 from raydistill.config.file import validate
 from raydistill.config.run import Config
-from raydistill.models import quiet_transformers
+from raydistill.models.loading import quiet_transformers
 from raydistill.stories import write_stories
 
 VOCABULARY = 384

@@ -19,7 +19,9 @@ import torch
 
 from raydistill.data.tokens import load_tokenizer, pack_by_length, pad, tokenise
 from raydistill.errors import UserError
-from raydistill.models import load_masked_model, positions, refuse_adapter
+from raydistill.models.configuration import positions
+from raydistill.models.folders import refuse_adapter
+from raydistill.models.loading import load_masked_model
 
 LONGEST = 512  # tokens of a text that are read; a word behind them is left as it is
 LOGITS_PER_BATCH = 1 << 25  # numbers, 128 MiB: how many texts go through the model at once follows from it

@@ -16,7 +16,10 @@ from raydistill.config.student import Lora, Student
 from raydistill.data.shards import read_split
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import ModelSource, count_parameters, label_order, load_classifier, weight_files
+from raydistill.models.configuration import label_order
+from raydistill.models.folders import weight_files
+from raydistill.models.loading import count_parameters, load_classifier
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import read_manifest
 from raydistill.record.store import LocalStore
 from raydistill.stages.adapted import with_adapters

@@ -24,7 +24,8 @@ from raydistill.data.loader import Split
 from raydistill.data.tokens import load_tokenizer
 from raydistill.losses.cached_features import names_of_term
 from raydistill.losses.feature_objective import FeatureTerm
-from raydistill.models import Shape, load_classifier
+from raydistill.models.configuration import Shape
+from raydistill.models.loading import load_classifier
 from raydistill.record.commit import read_manifest
 from raydistill.record.run import Run, find_run, verify
 from raydistill.record.store import LocalStore

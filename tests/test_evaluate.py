@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from small_runs import SmallRuns
 
 from raydistill.cache.shards import read_logits
-from raydistill.models import load_classifier
+from raydistill.models.loading import load_classifier
 from raydistill.record.commit import read_manifest
 from raydistill.record.run import Run, verify
 from raydistill.record.store import LocalStore

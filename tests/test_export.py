@@ -20,7 +20,7 @@ from raydistill.data.shards import read_split
 from raydistill.errors import UserError
 from raydistill.exports import folder as export_folder
 from raydistill.exports import onnx_file
-from raydistill.models import load_classifier
+from raydistill.models.loading import load_classifier
 from raydistill.record.commit import commit_folder, read_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run, clear, leftovers, open_run, verify

@@ -13,7 +13,7 @@ from tiny_models import LABELS, batch, outputs, tiny
 from raydistill.config.student import Student
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import count_parameters
+from raydistill.models.loading import count_parameters
 from raydistill.students.build import build_student
 from raydistill.students.factorised import factorised
 from raydistill.students.skeleton import student_skeleton

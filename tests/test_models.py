@@ -11,17 +11,10 @@ from tiny_models import LABELS, outputs, tiny
 from raydistill.config.student import Student
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import (
-    check_length,
-    count_parameters,
-    find_model,
-    label_order,
-    load_classifier,
-    model_identity,
-    positions,
-    save_classifier,
-    start_classifier,
-)
+from raydistill.models.configuration import check_length, label_order, positions
+from raydistill.models.folders import find_model, model_identity
+from raydistill.models.loading import count_parameters, load_classifier, start_classifier
+from raydistill.models.saving import save_classifier
 from raydistill.students.build import build_student
 
 

@@ -19,7 +19,7 @@ from raydistill.data.shards import DataShard
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.losses.layer_maps import layer_map
-from raydistill.models import load_classifier
+from raydistill.models.loading import load_classifier
 from raydistill.students.build import build_student, needs_rows, student_shape
 from raydistill.students.kept import cross_entropy_sum, drawn_rows
 from raydistill.students.layers import chosen_layers

@@ -13,7 +13,8 @@ from tiny_models import ENCODERS, LABELS, outputs, tiny
 from raydistill.config.student import Student
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import count_parameters, label_order, load_classifier
+from raydistill.models.configuration import label_order
+from raydistill.models.loading import count_parameters, load_classifier
 from raydistill.students.build import build_student
 from raydistill.students.layers import student_from_layers
 from raydistill.students.sizes import student_from_config

@@ -10,7 +10,7 @@ from tiny_models import ENCODERS, LABELS, batch, tiny
 
 from raydistill.config.student import Student
 from raydistill.errors import UserError
-from raydistill.models import positions
+from raydistill.models.configuration import positions
 from raydistill.students.build import build_student
 from raydistill.students.skeleton import student_skeleton
 from raydistill.students.tables import token_ids_of, with_positions, with_tokens

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from raydistill.cache.shards import read_logits
 from raydistill.cli import _main
 from raydistill.data.shards import read_shard
-from raydistill.models import model_identity
+from raydistill.models.folders import model_identity
 from raydistill.record.commit import Manifest, read_manifest
 from raydistill.record.run import Run, leftovers, verify
 from raydistill.record.store import LocalStore

@@ -22,7 +22,10 @@ from raydistill.adapters import whole
 from raydistill.errors import UserError, first_line
 from raydistill.exports.onnx_file import ONNX_FILE, OnnxClassifier, check_onnx, quantise_onnx, write_onnx
 from raydistill.exports.torchao_weights import check_torchao, write_torchao
-from raydistill.models import ModelSource, count_parameters, save_tokenizer, share_weights, weight_files
+from raydistill.models.folders import weight_files
+from raydistill.models.loading import count_parameters
+from raydistill.models.saving import save_tokenizer, share_weights
+from raydistill.models.source import ModelSource
 from raydistill.record.fingerprint import digest
 from raydistill.record.store import sha256_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.errors import UserError
-from raydistill.models import load_quantised
+from raydistill.models.loading import load_quantised
 
 
 def check_torchao() -> None:

@@ -23,7 +23,8 @@ from raydistill.adapters import (
 from raydistill.config.run import Config
 from raydistill.config.student import Lora, Student
 from raydistill.errors import UserError
-from raydistill.models import quiet_transformers, save_classifier, save_tokenizer, share_weights
+from raydistill.models.loading import quiet_transformers
+from raydistill.models.saving import save_classifier, save_tokenizer, share_weights
 from raydistill.stages.cluster import Resources
 from raydistill.students.quantised import check_quantising, dequantised, quantised
 from raydistill.students.skeleton import student_skeleton

@@ -16,7 +16,7 @@ from raydistill.data.sources import Row
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.masked_words import MaskedWords
-from raydistill.models import find_model, model_identity
+from raydistill.models.folders import find_model, model_identity
 from raydistill.record.commit import Entry
 from raydistill.record.run import Run
 

@@ -11,7 +11,7 @@ from raydistill.config.run import Config
 from raydistill.config.section import identity
 from raydistill.errors import UserError
 from raydistill.losses.cached_features import serving
-from raydistill.models import find_model
+from raydistill.models.folders import find_model
 from raydistill.record.fingerprint import digest
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources

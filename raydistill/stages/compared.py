@@ -10,7 +10,8 @@ from raydistill.config.run import Config
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.exports.folder import ExportSource, check_packages, is_export, write_export
-from raydistill.models import ModelSource, check_length, label_order
+from raydistill.models.configuration import check_length, label_order
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import commit_folder
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run

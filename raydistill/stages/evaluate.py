@@ -13,7 +13,8 @@ from raydistill.config.run import Config
 from raydistill.config.section import identity
 from raydistill.data.shards import read_split
 from raydistill.losses.calibration import fit_label_temperature
-from raydistill.models import ModelSource, model_identity
+from raydistill.models.folders import model_identity
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run

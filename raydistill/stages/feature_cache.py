@@ -12,7 +12,8 @@ from raydistill.config.run import Config
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
 from raydistill.losses.cached_features import all_names, axes_of, serving
-from raydistill.models import Shape, model_identity, shape_of
+from raydistill.models.configuration import Shape, shape_of
+from raydistill.models.folders import model_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import PARTS, Run

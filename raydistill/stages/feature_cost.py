@@ -15,7 +15,7 @@ from raydistill.data.shards import STUDENT_SPLITS, read_split
 from raydistill.data.sources import Row, read_rows
 from raydistill.data.tokens import load_tokenizer, tokenise
 from raydistill.losses.cached_features import all_names
-from raydistill.models import Shape, shape_of
+from raydistill.models.configuration import Shape, shape_of
 from raydistill.record.run import Run
 from raydistill.stages.feature_cache import columns_of
 from raydistill.stages.features import feature_terms

@@ -11,7 +11,8 @@ from raydistill.errors import UserError
 from raydistill.feature_tap import ARCHITECTURES
 from raydistill.losses.feature_objective import FEATURE_LOSSES, FeatureTerm
 from raydistill.losses.layer_maps import layer_map
-from raydistill.models import Shape, find_model, shape_of, tokenizer_identity
+from raydistill.models.configuration import Shape, shape_of
+from raydistill.models.folders import find_model, tokenizer_identity
 from raydistill.stages.teachers import feature_folder, members
 from raydistill.stages.training_stages import TrainingStage
 from raydistill.students.build import student_shape

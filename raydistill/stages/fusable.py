@@ -8,7 +8,7 @@ from typing import Any
 from raydistill.config.run import Config
 from raydistill.config.training import DeepSpeed, Training
 from raydistill.fused.architectures import ARCHITECTURES
-from raydistill.models import Shape
+from raydistill.models.configuration import Shape
 from raydistill.stages.steps import EAGER_LENGTH
 
 # Settings of `train` that each member may have its own of.

@@ -18,12 +18,9 @@ from raydistill.data.tokens import ids_in, load_tokenizer
 from raydistill.losses.courses import Course
 from raydistill.losses.fused_linear import TokenObjective
 from raydistill.losses.objective import Objective
-from raydistill.models import (
-    ModelSource,
-    load_classifier,
-    shape_of,
-    start_classifier,
-)
+from raydistill.models.configuration import shape_of
+from raydistill.models.loading import load_classifier, start_classifier
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import read_manifest
 from raydistill.record.store import open_store
 from raydistill.stages.start import made_before, made_once, start_folders, train_rows

@@ -13,7 +13,7 @@ import torch
 
 from raydistill.data.tokens import load_tokenizer, pack_by_length, pad, tokenise
 from raydistill.exports.onnx_file import OnnxClassifier
-from raydistill.models import ModelSource
+from raydistill.models.source import ModelSource
 from raydistill.stages.scoring import DTYPES, TOKENS_PER_BATCH
 
 WARM_UP = 8

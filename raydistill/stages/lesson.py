@@ -19,7 +19,8 @@ from raydistill.data.order import steps_per_epoch
 from raydistill.depths import parameter_depths
 from raydistill.losses.objective import Objective
 from raydistill.losses.term_gradients import gradient_squares
-from raydistill.models import save_classifier, set_task
+from raydistill.models.configuration import set_task
+from raydistill.models.saving import save_classifier
 from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.job import TrainingJob, build_model, class_objective, open_split, with_features
 from raydistill.stages.meter import Meter

@@ -17,7 +17,7 @@ import torch
 from raydistill.adapters import load_trained
 from raydistill.engine import Engine
 from raydistill.errors import UserError
-from raydistill.models import count_parameters
+from raydistill.models.loading import count_parameters
 from raydistill.plain_engine import PlainEngine
 from raydistill.record.commit import commit_folder
 from raydistill.record.store import naming, open_store

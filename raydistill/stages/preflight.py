@@ -13,7 +13,8 @@ from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import check_length, check_task, find_model, label_order, refuse_adapter
+from raydistill.models.configuration import check_length, check_task, label_order
+from raydistill.models.folders import find_model, refuse_adapter
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import STAGES, Run

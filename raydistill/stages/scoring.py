@@ -23,7 +23,8 @@ from raydistill.data.folds import FoldRows
 from raydistill.data.shards import DataShard, read_shard
 from raydistill.data.tokens import Tokens, load_tokenizer, pack_by_length, pad, tokenise
 from raydistill.errors import UserError, storage_problem
-from raydistill.models import ModelSource, label_order
+from raydistill.models.configuration import label_order
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import Entry, Manifest, committed_shard
 from raydistill.record.store import open_store
 from raydistill.stages.cluster import Share

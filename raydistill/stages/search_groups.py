@@ -17,7 +17,7 @@ from raydistill.config.run import Config
 from raydistill.config.section import identity
 from raydistill.config.tune import Tune
 from raydistill.errors import UserError
-from raydistill.models import Shape
+from raydistill.models.configuration import Shape
 from raydistill.record.commit import MANIFEST
 from raydistill.record.fingerprint import digest, seal, unseal
 from raydistill.search.trials import Trial

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from raydistill.data.shards import STUDENT_SPLITS, read_split
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import load_classifier, save_classifier
+from raydistill.models.loading import load_classifier
+from raydistill.models.saving import save_classifier
 from raydistill.record.commit import Manifest, commit_folder, damage, read_manifest
 from raydistill.record.run import PARTS
 from raydistill.record.store import Store, naming

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from raydistill.models import ModelSource, model_identity
+from raydistill.models.folders import model_identity
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import Manifest, commit_manifest, read_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run

@@ -12,7 +12,8 @@ from typing import Any
 
 from raydistill.config.run import Config
 from raydistill.data.tokens import load_tokenizer
-from raydistill.models import check_length, label_order, model_identity
+from raydistill.models.configuration import check_length, label_order
+from raydistill.models.folders import model_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run

@@ -17,7 +17,9 @@ from typing import Any
 from raydistill.config.run import Config
 from raydistill.data.folds import FoldRows
 from raydistill.data.tokens import load_tokenizer
-from raydistill.models import ModelSource, check_length, label_order, model_identity, refuse_adapter
+from raydistill.models.configuration import check_length, label_order
+from raydistill.models.folders import model_identity, refuse_adapter
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run, part_of

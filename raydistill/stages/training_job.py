@@ -14,7 +14,8 @@ from raydistill.data.folds import FoldRows
 from raydistill.data.shards import LABELLED_SPLITS, STUDENT_SPLITS
 from raydistill.losses.courses import Course
 from raydistill.losses.objective import Objective
-from raydistill.models import ModelSource, find_model, model_identity
+from raydistill.models.folders import find_model, model_identity
+from raydistill.models.source import ModelSource
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run, part_of
 from raydistill.stages.calibration import calibration_plan, teacher_temperature

@@ -14,7 +14,7 @@ from raydistill.config.run import Config
 from raydistill.config.training import DeepSpeed
 from raydistill.data.folds import FoldRows
 from raydistill.errors import UserError, first_line, storage_problem
-from raydistill.models import ModelSource
+from raydistill.models.source import ModelSource
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.record.store import Store, open_store

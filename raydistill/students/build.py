@@ -12,7 +12,9 @@ import torch
 
 from raydistill.data.shards import DataShard
 from raydistill.data.tokens import load_tokenizer
-from raydistill.models import Shape, find_model, label_maps, label_order, load_classifier, shape_of, start_classifier
+from raydistill.models.configuration import Shape, label_maps, label_order, shape_of
+from raydistill.models.folders import find_model
+from raydistill.models.loading import load_classifier, start_classifier
 from raydistill.students.factorised import factorised
 from raydistill.students.kept import (
     IMPORTANCE_ROWS,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from raydistill.errors import UserError
-from raydistill.models import position_offset
+from raydistill.models.configuration import position_offset
 from raydistill.students.sizes import FEED_FORWARD_NAMES
 
 SETTING = "student.embedding_size"

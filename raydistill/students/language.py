@@ -9,7 +9,8 @@ import torch
 
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError, first_line
-from raydistill.models import empty_language_model, find_model, load_language_model
+from raydistill.models.folders import find_model
+from raydistill.models.loading import empty_language_model, load_language_model
 from raydistill.students.layers import chosen_layers, student_from_layers
 from raydistill.students.sizes import set_dropout, sizes_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raydistill.errors import UserError, first_line
-from raydistill.models import label_maps, position_offset
+from raydistill.models.configuration import label_maps, position_offset
 
 FEED_FORWARD_NAMES = ("intermediate_size", "hidden_dim", "n_inner")
 MIN_POSITIONS = 128

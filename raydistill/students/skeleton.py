@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from raydistill.data.tokens import load_tokenizer
-from raydistill.models import empty_classifier, find_model
+from raydistill.models.folders import find_model
+from raydistill.models.loading import empty_classifier
 from raydistill.students.factorised import factorised
 from raydistill.students.sizes import student_from_config
 from raydistill.students.sketch import sketch

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raydistill.models import empty_classifier
+from raydistill.models.loading import empty_classifier
 from raydistill.students.layers import chosen_layers, student_from_layers
 from raydistill.students.width import blocks_to_narrow, narrowed
 

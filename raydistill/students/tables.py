@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from raydistill.errors import UserError
-from raydistill.models import OFFSET_POSITIONS, position_offset
+from raydistill.models.configuration import OFFSET_POSITIONS, position_offset
 
 
 def token_ids_of(config: Any, tokens: int) -> set[int]:

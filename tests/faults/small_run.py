@@ -29,11 +29,12 @@ os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1
 import torch
 import torch.distributed as dist
 
-from raydistill import demo, demo_language, engine, models, stories, tickets
+from raydistill import demo, demo_language, engine, stories, tickets
 from raydistill.config.file import validate
 from raydistill.config.run import Config
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
+from raydistill.models.loading import load_language_model, start_classifier
 from raydistill.record import store
 from raydistill.record.fingerprint import digest
 from raydistill.record.run import open_run
@@ -77,7 +78,7 @@ def write_input(folder: Path) -> None:
     texts = train.read_text().splitlines()[1:]
     demo.write_new_bert(folder / "bert", texts, hidden_size=16, layers=2, heads=2, vocabulary=200)
     torch.manual_seed(0)
-    teacher = models.start_classifier("teacher.model", folder / "bert", sorted(tickets.CATEGORIES))
+    teacher = start_classifier("teacher.model", folder / "bert", sorted(tickets.CATEGORIES))
     teacher.save_pretrained(folder / "teacher")
     load_tokenizer(folder / "bert", "teacher.model").save_pretrained(folder / "teacher")
 
@@ -119,7 +120,7 @@ def write_language_input(folder: Path) -> None:
     demo_language.write_new_llama(
         folder / "teacher", texts, hidden_size=16, layers=2, heads=2, vocabulary=300, positions=64
     )
-    teacher = models.load_language_model("teacher.model", folder / "teacher")
+    teacher = load_language_model("teacher.model", folder / "teacher")
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in teacher.parameters():  # so that its distributions are not all the same

@@ -13,7 +13,9 @@ from raydistill.data.token_order import token_steps
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.losses.sparse_divergences import check_sparse_loss
-from raydistill.models import check_length, empty_language_model, find_model, refuse_adapter, shape_of
+from raydistill.models.configuration import check_length, shape_of
+from raydistill.models.folders import find_model, refuse_adapter
+from raydistill.models.loading import empty_language_model
 from raydistill.record.run import Run
 from raydistill.stages.language.objective import token_objective
 from raydistill.stages.language.survey import SurveyedTexts

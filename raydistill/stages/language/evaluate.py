@@ -10,7 +10,8 @@ from raydistill.config.run import Config
 from raydistill.config.section import identity
 from raydistill.data.token_shards import TokenShard, read_token_shard
 from raydistill.data.tokens import load_tokenizer
-from raydistill.models import ModelSource, model_identity
+from raydistill.models.folders import model_identity
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from raydistill.data.tokens import load_tokenizer
-from raydistill.models import ModelSource, count_parameters, load_language_model
+from raydistill.models.loading import count_parameters, load_language_model
+from raydistill.models.source import ModelSource
 from raydistill.stages.scoring import DTYPES
 
 WARM_UP = 2

@@ -13,7 +13,8 @@ from raydistill.cache.next_tokens import NextTokenCache
 from raydistill.data.token_loader import TokenBatch, TokenSplit, check_vocabulary
 from raydistill.data.tokens import load_tokenizer
 from raydistill.losses.fused_linear import Teacher, TokenObjective
-from raydistill.models import load_language_model, save_language_model
+from raydistill.models.loading import load_language_model
+from raydistill.models.saving import save_language_model
 from raydistill.next_token import MEASURES, NextTokenModel, check_parts, model_weights, shared_names
 from raydistill.record.commit import read_manifest
 from raydistill.record.run import PARTS

@@ -17,7 +17,8 @@ import torch
 from raydistill.data.token_shards import TokenShard, read_token_shard
 from raydistill.data.tokens import pack_by_length, pad
 from raydistill.losses.token_measures import own_measures, teacher_measures
-from raydistill.models import ModelSource, load_language_model
+from raydistill.models.loading import load_language_model
+from raydistill.models.source import ModelSource
 from raydistill.next_token import chunk_of, hidden_states, output_head
 from raydistill.record.commit import Entry, commit_shard, committed_shard, open_verified
 from raydistill.record.store import Store, naming, open_store

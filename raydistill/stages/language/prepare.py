@@ -22,7 +22,7 @@ from raydistill.data.sources import Dropped
 from raydistill.data.token_shards import TokenShardWriter
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import find_model, tokenizer_identity
+from raydistill.models.folders import find_model, tokenizer_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest, committed_shard
 from raydistill.record.fingerprint import Plan, digest
 from raydistill.record.run import Run

@@ -24,7 +24,8 @@ from raydistill.config.language import SPARSE
 from raydistill.data.token_shards import TokenShard, read_token_shard
 from raydistill.data.tokens import pack_by_length, pad
 from raydistill.errors import UserError
-from raydistill.models import ModelSource, load_language_model
+from raydistill.models.loading import load_language_model
+from raydistill.models.source import ModelSource
 from raydistill.next_token import check_parts, chunk_of, hidden_states, output_head
 from raydistill.record.commit import Entry, committed_shard
 from raydistill.record.store import open_store

@@ -17,7 +17,7 @@ from raydistill.data.sources import Dropped, Fields, Source, find_sources
 from raydistill.data.splits import ValidationDraw
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models import find_model
+from raydistill.models.folders import find_model
 from raydistill.stages.progress import Progress
 
 SPLITS = ("train", "validation", "test")

@@ -14,7 +14,7 @@ from raydistill.cache.next_tokens import ALPHABET, HEAD, format_facts, named
 from raydistill.config.language import NextTokens
 from raydistill.config.run import Config
 from raydistill.errors import UserError
-from raydistill.models import model_identity
+from raydistill.models.folders import model_identity
 from raydistill.next_token import head_facts
 from raydistill.record.commit import Entry, Manifest, commit_manifest, committed_shard
 from raydistill.record.fingerprint import Plan
