@@ -64,6 +64,7 @@ METHODS: dict[str, Settings] = {
     "two teachers": {"base": "ensemble"},
     "augmented, 3 copies": {"base": "augmented", "train": {"epochs": 3}},
     "augmented, 3 copies, 10 epochs": {"base": "augmented", "train": {"epochs": 10}},
+    "augmented, 3 copies, 20 epochs": {"base": "augmented", "train": {"epochs": 20}},
     "calibrated teacher": {"teacher": {"calibrate": True}},
     "RKD": {"loss": {"features": [{"kind": "rkd_distance", "weight": 25.0}, {"kind": "rkd_angle", "weight": 50.0}]}},
 }

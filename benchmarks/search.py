@@ -72,6 +72,7 @@ RULES: dict[str, dict[str, Any]] = {
     "asha, grace 1, factor 4": {"scheduler": "asha", "reduction_factor": 4},
     "asha, grace 1, factor 8": {"scheduler": "asha", "reduction_factor": 8},
     "asha, grace 2, factor 4": {"scheduler": "asha", "grace_epochs": 2, "reduction_factor": 4},
+    "asha, grace 2, factor 8": {"scheduler": "asha", "grace_epochs": 2, "reduction_factor": 8},
     "asha, grace 1, factor 4, all at once": {"scheduler": "asha", "reduction_factor": 4, "generation": 64},
     "asha, grace 1, factor 8, all at once": {"scheduler": "asha", "reduction_factor": 8, "generation": 64},
     "median, grace 1": {"scheduler": "median"},
@@ -83,6 +84,9 @@ RULES: dict[str, dict[str, Any]] = {
     "tpe of 16, none": {"search": "tpe", "trials": 16, "scheduler": "none"},
     "tpe of 16, screen keep 3": {"search": "tpe", "trials": 16, "scheduler": "screen", "keep": 3},
     "tpe of 32, asha factor 4": {"search": "tpe", "trials": 32, "scheduler": "asha", "reduction_factor": 4},
+    "tpe of 32, asha, grace 2": {"search": "tpe", "trials": 32, "scheduler": "asha", "grace_epochs": 2},
+    "tpe of 24, asha, grace 2": {"search": "tpe", "trials": 24, "scheduler": "asha", "grace_epochs": 2},
+    "random of 32, asha, grace 2": {"search": "random", "trials": 32, "scheduler": "asha", "grace_epochs": 2},
 }  # fmt: skip
 
 
