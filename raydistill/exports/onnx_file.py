@@ -99,8 +99,8 @@ def quantise_onnx(source: Path, path: Path, *, rows: list[dict[str, npt.NDArray[
     """Writes the file at `source` with 8-bit products: ranges of activations measured in each call, or on `rows`.
 
     Weights take 7 of the 8 bits, each column its own scale, because processors without VNNI add two products in 16
-    bits: so the file computes the same on all of them. Activations are unsigned: onnxruntime has fast products on CPUs for
-    unsigned times signed bytes alone, and with signed ones takes weights back to float in each call.
+    bits: so the file computes the same on all of them. Activations are unsigned: with signed ones onnxruntime has no
+    fast product on such CPUs and takes weights back to float in each call.
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
