@@ -191,6 +191,15 @@ def test_of_equal_trials_the_earlier_goes_on():
     assert whats(tune(reduction_factor=2), trials(*[[0.5]] * 4)) == ["go", "go", "stop", "stop"]
 
 
+@pytest.mark.parametrize("scheduler", [{"reduction_factor": 2}, {"scheduler": "screen", "keep": 2}])
+def test_trials_of_equal_accuracy_are_told_apart_by_nll(scheduler: dict[str, Any]):
+    found = [
+        replace(t, curve=({"accuracy": 0.2, "nll": nll},))
+        for t, nll in zip(trials(*[[0]] * 4), (3, 1, 4, 2), strict=True)
+    ]
+    assert whats(tune(**scheduler, trials=4), found) == ["stop", "go", "stop", "go"]
+
+
 def test_what_is_not_a_number_is_worst_and_a_lower_nll_is_better():
     found = trials([math.nan], [0.1], [0.2], [0.3])
     assert whats(tune(reduction_factor=2), found) == ["stop", "stop", "go", "go"]

@@ -69,9 +69,9 @@ def _epochs_without_gain(trial: Trial, metric: str) -> int:
 
 
 def _place(trial: Trial, others: Sequence[Trial], metric: str, epoch: int) -> int:
-    """How many of the others are better at an epoch; of equal ones the earlier is."""
-    own = (trial.value(metric, epoch), -trial.number)
-    return sum((other.value(metric, epoch), -other.number) > own for other in others)
+    """How many of the others are better at an epoch."""
+    own = trial.order(metric, epoch)
+    return sum(other.order(metric, epoch) > own for other in others)
 
 
 def _halved(tune: Tune, trials: Sequence[Trial], trial: Trial) -> Decision:

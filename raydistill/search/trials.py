@@ -41,6 +41,13 @@ class Trial:
         """`value` after each epoch so far."""
         return [self.value(metric, epoch + 1) for epoch in range(len(self.curve))]
 
+    def order(self, metric: str, epoch: int) -> tuple[float, float, int]:
+        """What trials are compared by after an epoch: the metric, then the lower NLL, then the earlier trial.
+
+        While students answer as chance does, their accuracies are equal and say nothing; NLL already tells them apart.
+        """
+        return self.value(metric, epoch), self.value("nll", epoch), -self.number
+
     def chosen_epoch(self, metric: str, choose: str) -> int | None:
         """The epoch whose student the trial stands for, as `train.choose` says: the first best, or the last."""
         values = self.values(metric)
@@ -61,7 +68,7 @@ def trial_of(record: Mapping[str, Any]) -> Trial:
 def winner(trials: Sequence[Trial], metric: str, choose: str) -> Trial | None:
     """The best trial: of those that trained to their end, or until they no longer gained; of the others without any.
 
-    Equal values go to the lower NLL at that epoch, then to the earlier trial. None when no trial reached anything.
+    They are compared by `Trial.order` at the epoch whose student each stands for. None when no trial reached anything.
     """
     reached = [trial for trial in trials if trial.curve and trial.status != "failed"]
     ended = [trial for trial in reached if trial.status == "finished" or trial.reason == PATIENCE]
@@ -69,7 +76,7 @@ def winner(trials: Sequence[Trial], metric: str, choose: str) -> Trial | None:
     def rank(trial: Trial) -> tuple[float, float, int]:
         epoch = trial.chosen_epoch(metric, choose)
         assert epoch is not None
-        return trial.value(metric, epoch), trial.value("nll", epoch), -trial.number
+        return trial.order(metric, epoch)
 
     return max(ended or reached, key=rank, default=None)
 
