@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from raydistill.config.loss import Loss
-from raydistill.config.section import MAX_SEED, PLAIN_NAME, Added, Section
+from raydistill.config.section import MAX_SEED, PLAIN_NAME, Added, Section, Speed
 from raydistill.config.training import Metric, Training
 
 
@@ -81,6 +81,12 @@ class Train(Training):
     stages: tuple[Stage, ...] | None = Added(
         None, description="trainings one after the other; the student is what the last one makes"
     )
+    seeds: int = Speed(
+        1,
+        ge=1,
+        le=100,
+        description="trainings with the seeds from `seed` on, for the report's means; the first one's student is kept",
+    )
 
     @model_validator(mode="after")
     def _stages_follow(self) -> Train:
@@ -134,7 +140,20 @@ class Train(Training):
     def of_stage(self, number: int) -> Train:
         """The settings of a stage, counted from 0, as of a training without stages. Raises ValidationError."""
         assert self.stages is not None
-        names = [name for name in type(self).model_fields if name != "stages"]
+        names = [name for name in type(self).model_fields if name not in ("stages", "seeds")]
         own = {name: value for name in names if (value := getattr(self.stages[number], name, None)) is not None}
-        seed = (self.seed + number) % (MAX_SEED + 1)
-        return Train.model_validate({name: getattr(self, name) for name in names} | {"seed": seed} | own)
+        return Train.model_validate(
+            {name: getattr(self, name) for name in names} | {"seed": _seed_after(self.seed, number)} | own
+        )
+
+    def repeated(self, number: int) -> Train:
+        """The settings of one of the trainings that `seeds` asks for, counted from 0: its seeds are so many higher."""
+        stages = self.stages and tuple(
+            stage if stage.seed is None else stage.model_copy(update={"seed": _seed_after(stage.seed, number)})
+            for stage in self.stages
+        )
+        return self.model_copy(update={"seed": _seed_after(self.seed, number), "stages": stages, "seeds": 1})
+
+
+def _seed_after(seed: int, number: int) -> int:
+    return (seed + number) % (MAX_SEED + 1)

@@ -39,19 +39,24 @@ PARTS = {
 LENT = ("data", "folds", "teacher", "cache", "features")
 # Further teachers, of which a config may ask for any number, are parts by the names of their folders.
 FURTHER_TEACHER = re.compile(r"teacher(/member-\d+)?(/fold-\d+)?")
+# So are the repetitions of student and control with another seed; below `seeds/1/` is what a run has of its first one.
+REPETITION = re.compile(r"seeds/\d+/(student|control)")
 # What was damaged is set aside as NAME.bad-1, what was made for another plan as FOLDER.1. Other names end in numbers
 # too: TensorBoard's do.
 ASIDE = re.compile(
     rf"\.bad-\d+(/|$)|^({'|'.join(f'{part.folder}|{part.product}' for part in PARTS.values())}"
-    rf"|{FURTHER_TEACHER.pattern}/(train|model))\.\d+(/|$)"
+    rf"|{FURTHER_TEACHER.pattern}/(train|model)|seeds/\d+/(train|student|control/train|control/model))\.\d+(/|$)"
 )
 STAGES = ("prepare", "teach", "tune", "train", "export", "evaluate")
 
 
 def part_of(name: str) -> Part:
-    """The part of that name: one that every run knows, or a further teacher (`teacher/member-1/fold-0`)."""
+    """The part of that name: one that every run knows, a further teacher (`teacher/member-1/fold-0`), a repetition."""
     if name in PARTS:
         return PARTS[name]
+    if REPETITION.fullmatch(name):
+        place, _, role = name.rpartition("/")
+        return Part(PARTS[role].stage, f"{place}/{PARTS[role].folder}", f"{place}/{PARTS[role].product}")
     assert FURTHER_TEACHER.fullmatch(name), name
     return Part("teach", f"{name}/train", f"{name}/model")
 
@@ -97,9 +102,11 @@ class Run:
         return Plan.unsealed(home.read(name), home.where(name)) if home.exists(name) else None
 
     def parts(self) -> list[str]:
-        """Every part that a run may have: those that all know, and further teachers that stand there."""
+        """Every part that a run may have: those that all know, further teachers and repetitions that stand there."""
         names = (name.removesuffix("/train/plan.json") for name in self.home("teacher").list("teacher"))
-        return [*PARTS, *(name for name in names if name not in PARTS and FURTHER_TEACHER.fullmatch(name))]
+        teachers = (name for name in names if name not in PARTS and FURTHER_TEACHER.fullmatch(name))
+        repeated = (f"{place}/{role}" for place in self.store.folders("seeds") for role in ("student", "control"))
+        return [*PARTS, *teachers, *(name for name in repeated if self.plan(name) is not None)]
 
     def begin(self, part: str, plan: Plan) -> Manifest | None:
         """Opens a part for this plan; its manifest when it is complete already, None when there is work to do.

@@ -69,6 +69,20 @@ def compare_models(sums: Mapping[str, Floats], *, resamples: int, seed: int) -> 
     return result
 
 
+def of_training(sums: Mapping[str, Floats], student: str, control: str) -> dict[str, Any]:
+    """What one training of the student reached, by the names of its models; None of a control that is not there."""
+    found = language_metrics(sums, student)
+    teacher = language_metrics(sums, "teacher")["perplexity"]
+    beside = language_metrics(sums, control)["perplexity"] if f"nll_{control}" in sums else None
+    return {
+        "perplexity": found["perplexity"],
+        "agreement": found["agreement"],
+        "retention": teacher / found["perplexity"],
+        "control": beside,
+        "gain_over_control": None if beside is None else beside - found["perplexity"],
+    }
+
+
 def _resamples(units: int, resamples: int, seed: int) -> Any:
     """How often each document is drawn, a block of resamples at a time."""
     random = np.random.default_rng(seed)

@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from raydistill.report.over_seeds import Forms, seeds_table, seeds_verdict
+
 MODELS = ("teacher", "student", "control")
 LINES = [
     ("perplexity", "perplexity", "{:.3f}"),
@@ -24,6 +26,14 @@ LINES = [
     ("tokens/s read", "prefill_tokens_per_second", "{:,.0f}"),
     ("tokens/s written", "decode_tokens_per_second", "{:,.0f}"),
 ]
+
+SEED_FORMS: Forms = {
+    "perplexity": ("perplexity", "{:.3f}".format),
+    "retention": ("share of the teacher's", "{:.2%}".format),
+    "agreement": ("the teacher's likeliest token first", "{:.2%}".format),
+    "control": ("perplexity of the control", "{:.3f}".format),
+    "gain_over_control": ("lower than the control's by", "{:+.3f}".format),
+}
 
 
 def language_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -58,6 +68,7 @@ def language_verdict(report: dict[str, Any]) -> list[str]:
         )
         if report["gap_closed"] is not None:
             lines.append(f"That closes {report['gap_closed']:.0%} of the gap between control and teacher, in nats.")
+    lines += seeds_verdict(report, SEED_FORMS)
     cache = report["cache"]
     lines.append(
         f"It learned from {cache['positions']:,} positions, {cache['bytes_per_position']:.1f} bytes each by codec"
@@ -73,5 +84,5 @@ def render_language(report: dict[str, Any]) -> str:
     columns = ["test", *(name for name in MODELS if report.get(name))]
     return environment.get_template("language.html.j2").render(
         report=report, verdict=language_verdict(report), header=header, rows=rows, columns=columns,
-        config=json.dumps(report["config"], indent=2),
+        config=json.dumps(report["config"], indent=2), seeds=seeds_table(report, SEED_FORMS),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from raydistill.report import proof_pictures as pictures
 from raydistill.report.language_page import language_table, language_verdict, render_language
+from raydistill.report.over_seeds import Forms, seeds_table, seeds_verdict
 
 MODELS = ("teacher", "student", "control")
 LOSING_CLASSES = 12
@@ -95,7 +96,19 @@ def verdict(report: dict[str, Any]) -> list[str]:
             interval = report.get("gap_closed_ci95")
             within = f" (95 % interval {interval[0]:.0%} to {interval[1]:.0%})" if interval else ""
             lines.append(f"That closes {report['gap_closed']:.0%} of the gap between control and teacher{within}.")
-    return lines + _alternatives(report) + teacher_notes(report)
+    return lines + seeds_verdict(report, seed_forms(report)) + _alternatives(report) + teacher_notes(report)
+
+
+def seed_forms(report: dict[str, Any]) -> Forms:
+    """What is told of trainings that differ in their seed."""
+    quality = quality_of(report)
+    return {
+        quality_key(report): (quality, "{:.2%}".format),
+        "retention": ("share of the teacher's", "{:.2%}".format),
+        "agreement": ("agreement with the teacher", "{:.2%}".format),
+        "control": (f"{quality} of the control", "{:.2%}".format),
+        "gain_over_control": ("points over the control", lambda value: f"{value * 100:+.2f}"),
+    }
 
 
 def _shown(report: dict[str, Any]) -> list[str]:
@@ -251,5 +264,5 @@ def render(report: dict[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         report=report, verdict=verdict(report), header=header, rows=rows, config=json.dumps(report["config"], indent=2),
         pictures=report_pictures(report), kept=retention_table(report), losing=losing_classes(report),
-        sets=set_tables(report), quality=quality_of(report),
+        sets=set_tables(report), quality=quality_of(report), seeds=seeds_table(report, seed_forms(report)),
     )  # fmt: skip

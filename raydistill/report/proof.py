@@ -90,6 +90,27 @@ def retention(rows: Rows, name: str, *, resamples: int, seed: int) -> dict[str, 
     return {"retention": found.retention, "retention_ci95": found.retention_ci95}
 
 
+def of_training(rows: Rows, student: str, control: str) -> dict[str, Any]:
+    """What one training of the student reached, by the names of its models; None of a control that is not there.
+
+    Accuracy, or micro F1 of sets of labels, agreement, and the retention and gain of those as in `proof`.
+    """
+    quality = "accuracy" if rows.labels.ndim == 1 else "micro_f1"
+    reached = {
+        name: rows.measures.metrics(rows.logits[name], rows.labels, 1.0)[quality]
+        for name in ("teacher", student, control)
+        if name in rows.logits
+    }
+    beside = reached.get(control)
+    return {
+        quality: reached[student],
+        "agreement": float(rows.measures.same(rows.logits[student], rows.logits["teacher"]).mean()),
+        "retention": reached[student] / reached["teacher"] if reached["teacher"] else None,
+        "control": beside,
+        "gain_over_control": None if beside is None else reached[student] - beside,
+    }
+
+
 def teacher_errors(rows: Rows) -> dict[str, Any]:
     """What each model does in the rows that the teacher has wrong: its same mistake, the right answer, or another."""
     wrong_N = ~rows.right("teacher")

@@ -18,6 +18,7 @@ from raydistill.record.run import Run
 from raydistill.record.store import naming
 from raydistill.stages.export import exported
 from raydistill.stages.progress import Progress
+from raydistill.stages.repetitions import repeated_parts
 from raydistill.stages.teachers import made_here, teacher_source, teacher_sources
 
 QUANTISED_TEACHER = "teacher-int8"
@@ -46,6 +47,11 @@ def compared_models(config: Config, run: Run) -> list[Compared]:
         source = ExportSource("evaluate.quantise_teacher", "teacher/int8", store_url=run.store.root)
         found.append(Compared(QUANTISED_TEACHER, "quantised teacher", (source,)))
     return found + [Compared(name, "model", (source,)) for name, source in further_models(config).items()]
+
+
+def repeated_models(config: Config, run: Run) -> list[Compared]:
+    """Student and control of every further seed, for the means of the report."""
+    return [Compared(part, part.rpartition("/")[2], (made_here(part, run),)) for part in repeated_parts(config)]
 
 
 def further_models(config: Config) -> dict[str, ModelSource]:

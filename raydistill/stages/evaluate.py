@@ -20,16 +20,18 @@ from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.record.store import Store
 from raydistill.report import proof
+from raydistill.report.over_seeds import over_seeds
 from raydistill.report.page import render
 from raydistill.stages.calibration import teacher_temperature
 from raydistill.stages.cluster import Resources
-from raydistill.stages.compared import Compared, compared_models, quantise_teacher
+from raydistill.stages.compared import Compared, compared_models, quantise_teacher, repeated_models
 from raydistill.stages.compared_scores import Logits, as_compared, members_report, score_models
 from raydistill.stages.curves import read_curves
 from raydistill.stages.environment import device_name, environment
 from raydistill.stages.extra_sets import ExtraSet, find_sets, set_store, slices_of, write_set
 from raydistill.stages.prepare import data_report
 from raydistill.stages.progress import Progress
+from raydistill.stages.repetitions import Repetition, repeat, repeated, repetitions
 from raydistill.stages.student import train_student
 from raydistill.stages.teachers import is_ensemble, members, teacher_source, teacher_sources
 from raydistill.stages.timing import Speed, load_of, time_models
@@ -47,6 +49,7 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     if config.evaluate.control:
         request = TrainingRequest("control", config, run, resources, teacher_source(config, run))
         control = train_student(request, progress)
+        repeat("control", config, run, resources, progress)
     if config.evaluate.quantise_teacher:
         quantise_teacher(config, run, progress)
     models, sets = compared_models(config, run), find_sets(config)
@@ -54,13 +57,18 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")
         return json.loads(run.store.read("report/report.json"))
-    scored = score_models(models, config, run, data, plan, resources, progress, splits=SPLITS)
+    scored = score_models(
+        models + repeated_models(config, run), config, run, data, plan, resources, progress, splits=SPLITS
+    )
     logits = as_compared(config, run, scored)
     on_sets = {one.name: _on_set(one, models, logits, config, run, plan, resources, progress) for one in sets}
     speed = time_models({model.name: model.parts for model in models}, config, run, data, resources, progress)
     report = _report(config, run, data, models, logits, speed, plan) | {"sets": on_sets}
     if is_ensemble(config):
         report["teacher_members"] = members_report(config, scored["teacher"], _labels(run, data, "test"))
+    if again := repetitions(config):
+        rows = _rows(run.home("data"), data, data.facts["labels"], {name: s["test"] for name, s in logits.items()})
+        report["seeds"] = over_seeds([_training(rows, config.train.seed), *(_training(rows, o.seed, o) for o in again)])
     commit_report(run, plan, report)
     return report
 
@@ -86,6 +94,8 @@ def report_plan(
     }
     others = {model.name: model.parts[0].identity() for model in models if model.name not in proof.OURS}
     inputs |= {"compared": others} if others else {}
+    again = {part: manifest.fingerprint for part, manifest in repeated(config, run).items()}
+    inputs |= {"seeds": again} if again else {}
     inputs |= {"sets": {one.name: one.identity() for one in sets}} if sets else {}
     return Plan("report", inputs)
 
@@ -139,10 +149,11 @@ def _report(
 ) -> dict[str, Any]:
     """All figures, under the names of the design."""
     asked, names = config.evaluate, data.facts["labels"]
-    rows = _rows(run.home("data"), data, names, {name: split["test"] for name, split in logits.items()})
+    rows = _rows(run.home("data"), data, names, {model.name: logits[model.name]["test"] for model in models})
     labels = torch.from_numpy(_labels(run, data, "validation"))
     temperatures = {
-        name: fit_label_temperature(torch.from_numpy(split["validation"]), labels) for name, split in logits.items()
+        model.name: fit_label_temperature(torch.from_numpy(logits[model.name]["validation"]), labels)
+        for model in models
     }
     bootstrap = {"resamples": asked.bootstrap, "seed": asked.seed}
     found = {model.name: _figures(model, rows, temperatures, speed, config) for model in models}
@@ -183,6 +194,12 @@ def _report(
         "environment": environment(),
         "config": config.model_dump(mode="json"),
     }
+
+
+def _training(rows: proof.Rows, seed: int, again: Repetition | None = None) -> dict[str, Any]:
+    """What the training with a seed reached: the run's first one, or a repetition."""
+    names = {role: again.part(role) if again else role for role in ("student", "control")}
+    return {"seed": seed, **proof.of_training(rows, names["student"], names["control"])}
 
 
 def _figures(

@@ -73,8 +73,9 @@ def feature_cost(config: Config, run: Run, surveyed: Surveyed | None, folder: Pa
     terms = tuple(term for stage in stages for term in feature_terms(stage.config, folder, stage))
     texts = list(islice(_texts(config, run, surveyed), SAMPLED_ROWS))
     tokens_N = tokenise(load_tokenizer(own, "teacher.model"), texts, config.data.max_length).lengths_N
+    epochs = config.train.seeds * sum(stage.settings.epochs for stage in stages)
     return cost_of(
-        all_names(terms), shape_of(own), tokens_N, rows=rows, epochs=sum(stage.settings.epochs for stage in stages),
+        all_names(terms), shape_of(own), tokens_N, rows=rows, epochs=epochs,
         logits_stand=run.complete("cache") is not None or has_passes(config),
     )  # fmt: skip
 

@@ -277,7 +277,7 @@ def cost(
             without_fold += teachers * tuning.epochs * steps_per_epoch(kept, tuning.batch_size)
     for role in ("student", "control") if config.evaluate.control else ("student",):
         each = [stage.settings for stage in training_stages(role, config)]
-        steps[role] = sum(s.epochs * steps_per_epoch(learnt, s.batch_size) for s in each)
+        steps[role] = config.train.seeds * sum(s.epochs * steps_per_epoch(learnt, s.batch_size) for s in each)
     own = [stage for stage in training_stages("student", config) if stage.own_teacher]
     epochs_beside = sum(stage.settings.epochs for stage in own if stage.settings.loss.features)
     return Cost(
@@ -289,8 +289,8 @@ def cost(
         teachers=teachers,
         cross_fitted=(teachers * folds, without_fold),
         pass_bytes=4 * classes * scored * teachers if teachers > 1 or folds else 0,
-        student_forwards=len(own) * scored + epochs_beside * learnt,
-        student_cache_bytes=len(own) * scored * (classes * per_class + per_row),
+        student_forwards=config.train.seeds * (len(own) * scored + epochs_beside * learnt),
+        student_cache_bytes=config.train.seeds * len(own) * scored * (classes * per_class + per_row),
         search=search,
         exports=config.export.formats if config.export else (),
     )

@@ -6,6 +6,7 @@ training that goes on, its other ranks, and the control beside it load it and re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ from raydistill.stages.ranks import in_group, rank_and_world
 from raydistill.students.build import Rows
 
 SETTING = "the student's start"
+SEED = re.compile(r"seeds/\d+/")  # what the trainings of another seed stand in
 # The other ranks wait while one reads all rows of train; torch gives a collective 30 minutes.
 PATIENCE = timedelta(days=2)
 
@@ -34,7 +36,8 @@ def start_folders(folder: str) -> tuple[str, ...]:
 
     That is in the same folder, or that of the same stage, of the student's or the control's training.
     """
-    parts = [PARTS[part].folder for part in ("student", "control")]
+    seed = SEED.match(folder)
+    parts = [(seed.group() if seed else "") + PARTS[part].folder for part in ("student", "control")]
     own = next((part for part in parts if folder == part or folder.startswith(f"{part}/")), None)
     if own is None:  # a trial's, which is of no part
         return (f"{folder}/start",)

@@ -13,6 +13,7 @@ from raydistill.stages.checkpoints import Checkpoints
 from raydistill.stages.compared import QUANTISED_TEACHER
 from raydistill.stages.export import export_part, in_words
 from raydistill.stages.progress import size
+from raydistill.stages.repetitions import repeated_parts
 from raydistill.stages.teachers import trainings
 
 SHARD = re.compile(r"-\d{5}\.parquet$")  # what stands beside shards, such as an output head, has no rows of data
@@ -47,7 +48,8 @@ def expected_parts(config: Config) -> list[str]:
     }
     teachers = [one.part for one in trainings(config)]
     found = [part for part in PARTS if wanted.get(part, True)]
-    return [name for part in found for name in (teachers if part == "teacher" else [part])]
+    again = {role: [part for part in repeated_parts(config) if part.endswith(role)] for role in ("student", "control")}
+    return [name for part in found for name in (teachers if part == "teacher" else [part, *again.get(part, [])])]
 
 
 def _standing(run: Run, part: str) -> Standing:

@@ -37,7 +37,7 @@ def train_student(request: TrainingRequest, progress: Progress) -> Manifest:
     if manifest is not None:
         return manifest
     before: list[tuple[TrainingStage, Manifest]] = []
-    for stage in training_stages(request.role, request.config):
+    for stage in training_stages(request.role, request.config, request.name):
         manifest = read_manifest(request.run.store, stage.product)
         if manifest is None or manifest.fingerprint != plan.fingerprint:
             job = _job(request, stage, plan, before)

@@ -7,15 +7,19 @@ from raydistill.record.commit import Manifest
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources
 from raydistill.stages.progress import Progress
+from raydistill.stages.repetitions import repeat
 from raydistill.stages.student import train_student
 from raydistill.stages.teachers import teacher_source
 from raydistill.stages.training_job import TrainingRequest
 
 
 def train(config: Config, run: Run, resources: Resources, progress: Progress) -> Manifest:
-    """Trains the student from the cache and writes `student/`; its manifest."""
+    """Trains the student from the cache and writes `student/`, then with further seeds; the manifest of `student/`."""
     run.require("data")
     run.require("cache")
     if config.train.caches_features:
         run.require("features")
-    return train_student(TrainingRequest("student", config, run, resources, teacher_source(config, run)), progress)
+    source = teacher_source(config, run)
+    manifest = train_student(TrainingRequest("student", config, run, resources, source), progress)
+    repeat("student", config, run, resources, progress)
+    return manifest

@@ -11,7 +11,7 @@ from typing import Any
 from raydistill.config.run import Config
 from raydistill.config.section import identity
 from raydistill.config.train import Train
-from raydistill.record.run import PARTS
+from raydistill.record.run import part_of
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class TrainingStage:
     """One stage of the training of a student or its control."""
 
     role: str
+    part: str  # of the run that the training makes
     name: str  # "2-again"; empty for a training without stages
     config: Config  # the run's, with the stage's settings in `train`
     section: str  # train.stages[1], or train
@@ -34,33 +35,35 @@ class TrainingStage:
     @property
     def folder(self) -> str:
         """Of its checkpoints and curves."""
-        return f"{PARTS[self.role].folder}/stages/{self.name}" if self.name else PARTS[self.role].folder
+        folder = part_of(self.part).folder
+        return f"{folder}/stages/{self.name}" if self.name else folder
 
     @property
     def product(self) -> str:
         """The folder of the model that it makes: the student itself, for the last."""
-        return PARTS[self.role].product if self.is_last else f"{self.folder}/model"
+        return part_of(self.part).product if self.is_last else f"{self.folder}/model"
 
     @property
     def title(self) -> str:
-        return f"{self.role}, stage {self.name}" if self.name else self.role
+        return f"{self.part}, stage {self.name}" if self.name else self.part
 
 
-def training_stages(role: str, config: Config) -> tuple[TrainingStage, ...]:
-    """The stages of the training of a student or its control, in order.
+def training_stages(role: str, config: Config, part: str = "") -> tuple[TrainingStage, ...]:
+    """The stages of the training of a student or its control, in order; `part` is what it makes, if not the role's.
 
     The control has no teacher of either kind, so that nothing of what stands before its last fresh start reaches it:
     it begins there.
     """
     train = config.train
     if train.stages is None:
-        return (TrainingStage(role, "", config, "train", "train.loss", False, False, True),)
+        return (TrainingStage(role, part or role, "", config, "train", "train.loss", False, False, True),)
     first = 0
     if role == "control":
         first = max((n for n, stage in enumerate(train.stages) if stage.start == "fresh"), default=0)
     return tuple(
         TrainingStage(
             role=role,
+            part=part or role,
             name=f"{number + 1}-{stage.name}",
             config=config.model_copy(update={"train": train.of_stage(number)}),
             section=f"train.stages[{number}]",

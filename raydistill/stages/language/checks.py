@@ -131,11 +131,11 @@ def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> L
         folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
         each = 2 * (vocabulary if kept.codec == "dense" else shape_of(folder).width)
     tokens, length = counts["train"]["tokens"], config.data.max_length
-    trainings = {"teacher": config.teacher.fine_tune, "student": config.train}
-    trainings |= {"control": config.train} if config.evaluate.control else {}
+    trainings = {"teacher": (config.teacher.fine_tune, 1), "student": (config.train, config.train.seeds)}
+    trainings |= {"control": (config.train, config.train.seeds)} if config.evaluate.control else {}
     steps = {
-        name: settings.epochs * token_steps(tokens, settings.batch_size * length)
-        for name, settings in trainings.items()
+        name: times * settings.epochs * token_steps(tokens, settings.batch_size * length)
+        for name, (settings, times) in trainings.items()
         if settings is not None
     }
     return LanguageCost(counts, kept.codec, positions * each, steps)

@@ -15,7 +15,8 @@ from raydistill.models.source import ModelSource
 from raydistill.record.commit import Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
-from raydistill.report.language import compare_models, language_metrics
+from raydistill.report.language import compare_models, language_metrics, of_training
+from raydistill.report.over_seeds import over_seeds
 from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.environment import device_name, environment
 from raydistill.stages.evaluate import commit_report, fingerprints, forwards_per_row, size_bytes
@@ -23,6 +24,7 @@ from raydistill.stages.language.generation import measure_generation
 from raydistill.stages.language.measuring import FOLDER, MeasuringJob, read_measures
 from raydistill.stages.language.prepare import texts_report
 from raydistill.stages.progress import Progress
+from raydistill.stages.repetitions import Repetition, repeat, repeated, repeated_parts, repetitions
 from raydistill.stages.scoring import score
 from raydistill.stages.student import train_student
 from raydistill.stages.teachers import made_here, teacher_source
@@ -39,6 +41,7 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     if config.evaluate.control:
         request = TrainingRequest("control", config, run, resources, teacher_source(config, run))
         control = train_student(request, progress)
+        repeat("control", config, run, resources, progress)
     plan = _plan(config, run, data, student, control)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")
@@ -46,8 +49,9 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     sources = {"teacher": teacher_source(config, run), "student": made_here("student", run)}
     sources |= {"control": made_here("control", run)} if config.evaluate.control else {}
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    again = {part: made_here(part, run) for part in repeated_parts(config)}
     job = MeasuringJob(
-        tuple(sources.items()), run.home("data").root, run.store.root, FOLDER, plan.fingerprint,
+        tuple((sources | again).items()), run.home("data").root, run.store.root, FOLDER, plan.fingerprint,
         data.facts["vocabulary"], config.evaluate.dtype, config.teacher.tokens_per_batch,
     )  # fmt: skip
     (scored,) = score([job], data, {FOLDER: ("test",)}, share, progress, "evaluate")
@@ -60,6 +64,10 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     }
     comparison = compare_models(sums, resamples=config.evaluate.bootstrap, seed=config.evaluate.seed)
     report = _report(config, run, data, models, comparison, plan)
+    if again:
+        report["seeds"] = over_seeds(
+            [_training(sums, config.train.seed), *(_training(sums, one.seed, one) for one in repetitions(config))]
+        )
     commit_report(run, plan, report)
     return report
 
@@ -72,7 +80,14 @@ def _plan(config: Config, run: Run, data: Manifest, student: Manifest, control: 
         "teacher": model_identity(teacher_source(config, run).folder()),
         **{f"evaluate.{name}": value for name, value in identity(config.evaluate).items()},
     }  # fmt: skip
-    return Plan("report", inputs)
+    again = {part: manifest.fingerprint for part, manifest in repeated(config, run).items()}
+    return Plan("report", inputs | ({"seeds": again} if again else {}))
+
+
+def _training(sums: dict[str, Any], seed: int, again: Repetition | None = None) -> dict[str, Any]:
+    """What the training with a seed reached: the run's first one, or a repetition."""
+    names = {role: again.part(role) if again else role for role in ("student", "control")}
+    return {"seed": seed, **of_training(sums, names["student"], names["control"])}
 
 
 def _time_models(
