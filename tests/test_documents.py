@@ -1,12 +1,22 @@
 """Documents of a language model: which rows of tokens they become, what is learnt of them, what is dropped."""
 
+import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from language_runs import tokenizer, write_jsonl
 
-from raydistill.data.documents import Document, Rules, Tokenised, read_documents, tokenise_documents
+from raydistill.data.documents import (
+    Document,
+    Rules,
+    Tokenised,
+    TokenSpool,
+    read_documents,
+    tokenise_documents,
+)
 from raydistill.data.sources import Dropped, Fields, find_source
 from raydistill.data.token_shards import TokenShardWriter, read_token_shard
 from raydistill.errors import UserError
@@ -175,3 +185,60 @@ def test_what_is_no_chat_is_counted(tmp_path: Path):
     assert isinstance(found[0], Document)
     assert found[0].messages == (("user", "Who?"),)
     assert [one.reason for one in found[1:] if isinstance(one, Dropped)] == ["messages are malformed"] * 4
+
+
+def zstd(text: str) -> bytes:
+    return pa.compress(text.encode(), "zstd", asbytes=True)
+
+
+TXT = "\ufeffOne line.\nAnother one.\r\n  \n\n  Tom is here.\n\nThe end"
+BLOCKS = ["One line.\nAnother one.", "  Tom is here.", "The end"]
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("a.txt", str.encode), ("a.TXT.gz", lambda text: gzip.compress(text.encode())),
+    ("a.txt.zst", zstd)],
+)  # fmt: skip
+def test_a_txt_file_is_one_document_or_one_for_each_block(tmp_path: Path, name: str, write):
+    (tmp_path / name).write_bytes(write(TXT))
+    for kind, expected in {"file": [TXT.removeprefix("\ufeff")], "block": BLOCKS}.items():
+        found = documents(tmp_path / name, replace(TEXT, txt=kind))
+        assert [one.text for one in found if isinstance(one, Document)] == expected
+        assert [one.number for one in found] == list(range(1, len(expected) + 1))
+
+
+def test_blocks_and_files_that_are_too_long_or_empty_are_dropped(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("short\n\n" + "word\n" * 4 + "\n" + "x" * 30 + "\n\nend\n")
+    fields = replace(TEXT, txt="block", max_row_bytes=19)
+    found = documents(tmp_path / "a.txt", fields)
+    # The second block has exactly 19 bytes without its last line's end.
+    assert [one.reason if isinstance(one, Dropped) else one.text for one in found] == [
+        "short", "word\nword\nword\nword", "over max_row_bytes", "end",
+    ]  # fmt: skip
+    (whole,) = documents(tmp_path / "a.txt", replace(fields, txt="file"))
+    assert isinstance(whole, Dropped)
+    assert whole.reason == "over max_row_bytes"
+    (tmp_path / "b.txt").write_text(" \n\n")
+    assert documents(tmp_path / "b.txt", fields) == []
+    assert documents(tmp_path / "b.txt", replace(fields, txt="file")) == [Dropped("empty text", 0, 1)]
+
+
+def test_txt_files_have_no_columns(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"a\.txt: a \.txt file has texts and no columns, and data\.prompt, data\.resp"):
+        documents(tmp_path / "a.txt", PAIRS)
+
+
+def test_what_waits_between_two_passes_comes_back_as_it_was(made):
+    rules, spool = Rules(made, 9, splits=True), TokenSpool()
+    texts = [Document("Who?" if n % 3 else None, f"Tom has {n} apples. " * (n % 5 + 1), n % 2, n) for n in range(600)]
+    found = list(rules.tokenised(texts))
+    for one in found:
+        spool.add(one)
+    spool.close()
+    for _ in range(2):
+        for one, other in zip(found, spool, strict=True):
+            assert (one.file, one.number, one.key, one.is_long) == (other.file, other.number, other.key, other.is_long)
+            for row, again in zip(one.rows, other.rows, strict=True):
+                assert np.array_equal(row.tokens_L, again.tokens_L)
+                assert np.array_equal(row.learnt_L, again.learnt_L)

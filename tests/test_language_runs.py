@@ -13,8 +13,10 @@ from language_runs import texts, tiny_language_model, tokenizer, write_jsonl
 from run_files import equal, facts, points, student_weights
 from safetensors.numpy import load_file, save_file
 
+from raydistill.models.folders import tokenizer_identity
 from raydistill.record.commit import read_manifest
-from raydistill.record.store import LocalStore
+from raydistill.record.fingerprint import digest
+from raydistill.record.store import LocalStore, sha256_file
 
 CODECS = {
     "random": {"codec": "random", "kept": 20}, "topk": {"codec": "topk", "kept": 20}, "hidden": {"codec": "hidden"},
@@ -231,6 +233,42 @@ def test_chats_by_the_tokenizers_template(language_runs, tmp_path: Path):
     assert "sha256" in refused["error"]
 
 
+def test_a_template_in_a_file_of_its_own_is_of_the_tokenizer_and_travels_with_the_student(
+    language_runs, tmp_path: Path
+):
+    source, folder = tmp_path / "input", language_runs.start("prepare")
+    shutil.copytree(language_runs.input, source)
+    before = tokenizer_identity(source / "teacher")
+    assert before == digest(
+        {name: sha256_file(source / "teacher" / name) for name in ("tokenizer.json", "tokenizer_config.json")}
+    )
+    chat = [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": "Tom is here."}]
+    for name in ("train", "test"):
+        write_jsonl(source / f"{name}.jsonl", [{"chat": chat}] * 12)
+    (source / "teacher/chat_template.jinja").write_text(TEMPLATE)
+    assert tokenizer_identity(source / "teacher") != before
+    changes = {"data.messages": "chat", "train.epochs": 1}
+    answer = language_runs.run(folder, "prepare", *ALL, source=str(source), changes=changes)
+    assert answer["error"] is None, answer["error"]
+    inputs = json.loads((folder / "data/plan.json").read_text())["inputs"]
+    assert inputs["tokenizer_sha256"] == tokenizer_identity(source / "teacher")
+    assert "chat_template_sha256" not in inputs
+    assert (folder / "student/chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_blocks_of_a_txt_file(language_runs, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("\n\n".join(texts(40, seed=3)))
+    folder = language_runs.start("prepare")
+    changes = {"data.train": str(tmp_path / "a.txt"), "data.txt_documents": "block"}
+    answer = language_runs.run(folder, "prepare", changes=changes)
+    assert answer["error"] is None, answer["error"]
+    counts = facts(folder, "data")["counts"]
+    assert counts["train"]["documents"] + counts["validation"]["documents"] == 40
+    (tmp_path / "a.txt").write_text("\n\n".join(texts(41, seed=3)))
+    refused = language_runs.run(folder, "prepare", changes=changes)
+    assert "counts.train.documents: was made with 32, now asked for 33" in refused["error"]
+
+
 MESSAGES = [
     ({"train.loss.temperature": 2.0}, "train.loss.temperature: temperature 2: a cache of codec sampled serves"),
     ({"train.loss.kind": "reverse_kl"}, "train.loss: reverse_kl weighs the student by the teacher's log-probability"),
@@ -242,6 +280,8 @@ MESSAGES = [
     ({"train.metric": "macro_f1"}, "train.metric: macro_f1 is of classes; with task: causal_lm use nll, accuracy, kl"),
     ({"data.prompt": "text"}, "data.prompt and data.response name two columns of the same rows; give both, or neither"),
     ({"data.messages": "chat", "data.text": "words"}, "data.text means nothing with data.messages; remove it"),
+    ({"data.txt_documents": "block"}, "data.txt_documents: found block, and the data are jsonl. Remove it"),
+    ({"data.messages": "chat", "data.txt_documents": "block"}, "data.txt_documents means nothing with data.messages"),
     ({"data.learnt_roles": ["user"]}, "data.learnt_roles means nothing without data.messages; remove it"),
     ({"teacher.next_tokens": {"codec": "hidden", "kept": 4}}, "kept means nothing with codec: hidden; remove it"),
     ({"student.model_type": "bert"}, "student.model_type: bert is no causal language model"),

@@ -28,6 +28,7 @@ from raydistill.errors import UserError
 COLUMNS = Columns("text", "label", ",", 1000)
 TEXTS = replace(COLUMNS, label=None)
 TWO_ROWS = [("a", "x"), ("b", "y")]
+UNKNOWN = "the ending says no known format. Use .csv, .tsv, .jsonl or .parquet; .txt for texts of language models"
 
 
 def read(location: object, columns: Columns = COLUMNS) -> list[tuple[str, str]]:
@@ -210,8 +211,8 @@ def test_places_without_a_file(tmp_path: Path):
         "folder.csv": "is a folder; name its files, as in folder/*.csv. Check the path",
         "fifo.csv": "is not a plain file. Check the path",
         "loop.csv": "is not a plain file. Check the path",
-        "a.json": "the ending says no known format. Use .csv, .tsv, .jsonl or .parquet",
-        "a": "the ending says no known format. Use .csv, .tsv, .jsonl or .parquet",
+        "a.json": UNKNOWN,
+        "a": UNKNOWN,
     }.items():
         assert refusal(tmp_path / name) == message
     assert refusal("nope://a/b.csv") == "cannot be listed (Protocol not known: nope)"

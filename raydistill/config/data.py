@@ -75,6 +75,9 @@ class Data(Section):
     long_documents: Literal["split", "cut"] = Added(
         "split", description="causal_lm: what becomes of a text of more than max_length tokens"
     )
+    txt_documents: Literal["file", "block"] = Added(
+        "file", description="causal_lm, of .txt files: a document is a whole file, or a block between blank lines"
+    )
     label_separator: str = Field(
         default="|", min_length=1, max_length=16, description="task multi_label: between the names in a text"
     )

@@ -68,7 +68,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # And those that mean nothing without it.
 OWN: dict[str, tuple[str, ...]] = {
-    "data": ("prompt", "response", "messages", "learnt_roles", "long_documents"),
+    "data": ("prompt", "response", "messages", "learnt_roles", "long_documents", "txt_documents"),
     "teacher": ("next_tokens",),
     "student": ("tie_embeddings",),
     "evaluate": ("samples", "sample_tokens"),
@@ -151,6 +151,8 @@ def _check_columns(data: Any) -> None:
         raise ValueError(f"data.text means nothing with {named}; remove it")
     if data.long_documents != type(data).model_fields["long_documents"].default:
         raise ValueError(f"data.long_documents means nothing with {named}, which are always cut; remove it")
+    if data.txt_documents != type(data).model_fields["txt_documents"].default:
+        raise ValueError(f"data.txt_documents means nothing with {named}, which .txt files do not have; remove it")
 
 
 def _check_student(student: Any) -> None:

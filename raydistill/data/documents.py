@@ -21,9 +21,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from raydistill.data.chats import Messages, read_messages, segments
+from raydistill.data.duplicates import text_key
 from raydistill.data.sources import Dropped, Fields, Reason, Source, read_values
+from raydistill.data.spool import Spool
 
 CHUNK_DOCUMENTS = 256
 NOTHING_LEARNT: Reason = "no token to learn from"
@@ -54,9 +57,14 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """A document as rows, of which it has none where nothing of it can be learnt; whether it did not fit into one."""
+    """A document as rows, of which it has none where nothing of it can be learnt; whether it did not fit into one.
 
-    document: Document
+    file and number say where it stands; key is a hash of its text.
+    """
+
+    file: int
+    number: int
+    key: int
     rows: tuple[TokenRow, ...]
     is_long: bool
 
@@ -86,23 +94,30 @@ class Rules:
         for document, prompt, text in zip(documents, prompts, texts, strict=True):
             tokens = np.array([*self.begin, *prompt, *text, *self.end], np.int32)
             if document.prompt is None:
-                yield Tokenised(document, tuple(self._of_text(tokens)), len(tokens) > self.max_length)
-                continue
-            learnt = np.arange(len(tokens)) >= max(1, len(self.begin) + len(prompt))
-            row = TokenRow(tokens[: self.max_length], learnt[: self.max_length])
-            yield Tokenised(document, (row,) if row.learnt else (), len(tokens) > self.max_length)
+                yield self._made(document, tuple(self._of_text(tokens)), len(tokens))
+            else:
+                learnt = np.arange(len(tokens)) >= max(1, len(self.begin) + len(prompt))
+                yield self._made(document, self._cut(tokens, learnt), len(tokens))
 
     def _chat(self, document: Document) -> Tokenised:
         """A chat as one row; without rows where the template refuses it or nothing of it is learnt."""
         parts = segments(self.tokenizer, document.messages, self.learnt_roles)
         if parts is None:
-            return Tokenised(document, (), False)
+            return self._made(document, (), 0)
         ids = self._ids([part.text for part in parts])
         tokens = np.array([token for part in ids for token in part], np.int32)
         learnt = np.repeat(np.array([part.is_learnt for part in parts], bool), [len(part) for part in ids])
         learnt[:1] = False
+        return self._made(document, self._cut(tokens, learnt), len(tokens))
+
+    def _made(self, document: Document, rows: tuple[TokenRow, ...], tokens: int) -> Tokenised:
+        key = text_key(f"{document.prompt or ''}\n{document.text}")
+        return Tokenised(document.file, document.number, key, rows, tokens > self.max_length)
+
+    def _cut(self, tokens: npt.NDArray[np.int32], learnt: npt.NDArray[np.bool_]) -> tuple[TokenRow, ...]:
+        """The one row of a document that is not split, where anything of it is learnt."""
         row = TokenRow(tokens[: self.max_length], learnt[: self.max_length])
-        return Tokenised(document, (row,) if row.learnt else (), len(tokens) > self.max_length)
+        return (row,) if row.learnt else ()
 
     def _of_text(self, tokens: npt.NDArray[np.int32]) -> Iterator[TokenRow]:
         step = self.max_length - 1
@@ -170,6 +185,35 @@ def _tokenised(chunk: list[Document | Dropped], rules: Rules) -> Iterator[Tokeni
     for one in chunk:
         made = one if isinstance(one, Dropped) else next(tokenised)
         if isinstance(made, Tokenised) and not made.rows:
-            yield Dropped(NOTHING_LEARNT, made.document.file, made.document.number)
+            yield Dropped(NOTHING_LEARNT, made.file, made.number)
         else:
             yield made
+
+
+class TokenSpool:
+    """Tokenised documents between two passes, so that no text is tokenised twice."""
+
+    _SCHEMA = pa.schema(
+        [
+            ("file", pa.int32()), ("number", pa.int64()), ("key", pa.uint64()), ("is_long", pa.bool_()),
+            ("lengths", pa.list_(pa.int32())), ("tokens", pa.large_binary()), ("learnt", pa.large_binary()),
+        ]
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._spool = Spool(self._SCHEMA)
+        self.close = self._spool.close
+
+    def add(self, found: Tokenised) -> None:
+        lengths = [len(row.tokens_L) for row in found.rows]
+        tokens = b"".join(row.tokens_L.tobytes() for row in found.rows)
+        learnt = b"".join(row.learnt_L.tobytes() for row in found.rows)
+        self._spool.add((found.file, found.number, found.key, found.is_long, lengths, tokens, learnt))
+
+    def __iter__(self) -> Iterator[Tokenised]:
+        for one in self._spool:
+            borders = np.cumsum(one["lengths"])[:-1]
+            tokens = np.split(np.frombuffer(one["tokens"], np.int32), borders)
+            learnt = np.split(np.frombuffer(one["learnt"], np.bool_), borders)
+            rows = tuple(TokenRow(t, w) for t, w in zip(tokens, learnt, strict=True))
+            yield Tokenised(one["file"], one["number"], one["key"], rows, one["is_long"])

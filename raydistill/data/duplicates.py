@@ -46,7 +46,10 @@ class TextIndex:
         self._folder.cleanup()
 
     def add(self, text: str, split: str, label: int) -> None:
-        self._buffer[self._used] = (text_key(text), SPLITS.index(split), label)
+        self.add_key(text_key(text), split, label)
+
+    def add_key(self, key: int, split: str, label: int) -> None:
+        self._buffer[self._used] = (key, SPLITS.index(split), label)
         self._used += 1
         if self._used == BUFFER_ROWS:
             self._spill()

@@ -1,4 +1,5 @@
-"""The user's files as a stream of rows: CSV, JSONL, Parquet (plain, .gz or .zst; one file or a glob) and hub data sets.
+"""The user's files as a stream of rows: CSV, JSONL, Parquet and plain texts (as they are, .gz or .zst; one file or a
+glob) and hub data sets.
 
 A row that cannot be used is yielded as `Dropped` with the reason, so that the caller counts it; only what makes a whole
 file useless (no such column, not Parquet, not UTF-8) is an error. Memory does not grow with the file.
@@ -57,12 +58,16 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Fields:
-    """The columns to read, each with the setting that names it; the first `texts` of them hold texts."""
+    """The columns to read, each with the setting that names it; the first `texts` of them hold texts.
+
+    txt: what a .txt file's texts are, where they are all that is read.
+    """
 
     columns: tuple[tuple[str, str], ...]
     texts: int
     delimiter: str
     max_row_bytes: int
+    txt: Literal["file", "block"] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -151,7 +156,7 @@ def _no_file(path: str) -> str:
 
 
 def kind_of(setting: str, path: str) -> str:
-    """csv, tsv, jsonl or parquet, by the name's ending. Raises UserError for any other."""
+    """csv, tsv, jsonl, parquet or txt, by the name's ending. Raises UserError for any other."""
     if path.startswith("hf://"):
         return "hub"
     name = path.lower().removesuffix(".gz").removesuffix(".zst")
@@ -161,10 +166,14 @@ def kind_of(setting: str, path: str) -> str:
         ".jsonl": "jsonl",
         ".ndjson": "jsonl",
         ".parquet": "parquet",
+        ".txt": "txt",
     }.items():
         if name.endswith(ending):
             return kind
-    raise UserError(f"{setting}: {path}: the ending says no known format. Use .csv, .tsv, .jsonl or .parquet")
+    raise UserError(
+        f"{setting}: {path}: the ending says no known format. Use .csv, .tsv, .jsonl or .parquet;"
+        " .txt for texts of language models"
+    )
 
 
 def _sha256(setting: str, path: str) -> str:
@@ -190,7 +199,8 @@ def read_values(source: Source, fields: Fields) -> Iterator[tuple[int, int, tupl
     Raises UserError for a file that cannot be used at all.
     """
     readers: dict[str, Callable[[str, str, Fields], Iterator[tuple[Any, ...] | None]]] = {
-        "csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet, "hub": _read_hub,
+        "csv": _read_csv, "tsv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet, "txt": _read_txt,
+        "hub": _read_hub,
     }  # fmt: skip
     for file, path in enumerate(source.files):
         try:
@@ -300,6 +310,29 @@ def _read_parquet(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any
         for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=fields.names, use_threads=False):
             held = [batch.column(name).to_pylist() for name in fields.names]
             yield from zip(*held, strict=True)
+
+
+def _read_txt(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ...] | None]:
+    """The file's one text, or one for each block of lines between blank ones; no more of it than makes it too long."""
+    if fields.txt is None:
+        raise UserError(
+            f"{setting}: {path}: a .txt file has texts and no columns, and {fields.settings} are asked for. Use .csv,"
+            " .tsv, .jsonl or .parquet"
+        )
+    enough = fields.max_row_bytes + 1
+    with _open_text(path) as file:
+        if fields.txt == "file":
+            yield (file.read(enough),)
+            return
+        held = ""
+        while line := file.readline(enough):
+            if line.strip():
+                held += line[: enough - len(held)]
+            elif held:
+                yield (held.rstrip("\r\n"),)
+                held = ""
+        if held:
+            yield (held.rstrip("\r\n"),)
 
 
 def _read_hub(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ...] | None]:

@@ -46,8 +46,7 @@ class TokenShardWriter(RowWriter):
 
     def add(self, found: Tokenised) -> None:
         for row in found.rows:
-            place = (found.document.file, found.document.number)
-            self.add_values((self._documents, row.tokens_L, row.learnt_L.tobytes(), *place))
+            self.add_values((self._documents, row.tokens_L, row.learnt_L.tobytes(), found.file, found.number))
         self._documents += 1
 
 

@@ -15,11 +15,13 @@ from raydistill.errors import UserError, first_line
 from raydistill.record.fingerprint import digest
 from raydistill.record.store import sha256_file
 
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model",
+    CHAT_TEMPLATE,
 )  # fmt: skip
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "chat_template.jinja", *TOKENIZER_FILES]
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 

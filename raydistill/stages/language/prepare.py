@@ -1,7 +1,7 @@
 """Stage prepare of a language model: from the user's texts to rows of tokens, tokenised once for teacher and students.
 
-Two passes: one that counts documents, rows and tokens, so that every mistake is found and the cost known before
-anything is written, and one that writes. Of a document memory holds a few numbers between the two.
+One pass over the sources tokenises and counts, so that every mistake is found and the cost known before anything is
+written; what it found is then written as shards.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import numpy as np
 from raydistill.cache.alphabet import Alphabet
 from raydistill.cache.next_tokens import ALPHABET
 from raydistill.config.run import Config
-from raydistill.data.documents import Tokenised, read_documents, tokenise_documents
+from raydistill.data.documents import Tokenised
 from raydistill.data.duplicates import TextIndex
-from raydistill.data.sources import Dropped
 from raydistill.data.token_shards import TokenShardWriter
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models.folders import find_model, tokenizer_identity
+from raydistill.models.folders import CHAT_TEMPLATE, find_model, tokenizer_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest, committed_shard
 from raydistill.record.fingerprint import Plan, digest
 from raydistill.record.run import Run
@@ -33,7 +32,6 @@ from raydistill.stages.language.survey import (
     fields_of,
     find_split,
     own_splits,
-    rules_of,
 )
 from raydistill.stages.progress import Progress
 
@@ -56,6 +54,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "task": config.task,
         "data.columns": fields_of(config).names,
         **{f"data.{name}": getattr(data, name) for name in names},
+        **({"data.txt_documents": data.txt_documents} if data.txt_documents != "file" else {}),
         "data.validation": "a source" if isinstance(data.validation, str) else data.validation,
         "tokenizer_sha256": tokenizer_identity(folder),
         **_chat_settings(config, folder),
@@ -63,11 +62,14 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _chat_settings(config: Config, folder: Path) -> dict[str, Any]:
-    """What determines how chats are written: the template may stand in a file of its own."""
+    """What determines how chats are written; a template in a file of its own is of the tokenizer's identity."""
     if config.data.messages is None:
         return {}
+    roles = {"data.learnt_roles": list(config.data.learnt_roles)}
+    if (folder / CHAT_TEMPLATE).is_file():
+        return roles
     template = load_tokenizer(folder, "teacher.model", pads=False).chat_template
-    return {"data.learnt_roles": list(config.data.learnt_roles), "chat_template_sha256": digest(template)}
+    return {**roles, "chat_template_sha256": digest(template)}
 
 
 def standing_texts(config: Config, run: Run) -> Manifest | None:
@@ -116,7 +118,7 @@ def prepare_texts(config: Config, run: Run, surveyed: SurveyedTexts | None, prog
 def _write(
     config: Config, run: Run, surveyed: SurveyedTexts, fingerprint: str, progress: Progress
 ) -> tuple[list[Entry], dict[str, int]]:
-    """The second pass: every document to its split's shard; the entries, and what stands twice."""
+    """Every document to its split's shard; the entries, and what stands twice."""
     writers, first = {}, 0
     for split, rows in surveyed.rows.items():
         writers[split] = TokenShardWriter(
@@ -128,7 +130,7 @@ def _write(
     with TextIndex() as index:
         for split, found in _placed(config, surveyed):
             writers[split].add(found)
-            index.add(f"{found.document.prompt or ''}\n{found.document.text}", split, 0)
+            index.add_key(found.key, split, 0)
             if split == "train":
                 for row in found.rows:
                     counts_V += np.bincount(row.tokens_L[row.learnt_L], minlength=surveyed.vocabulary)
@@ -145,25 +147,12 @@ def _write(
 
 
 def _placed(config: Config, surveyed: SurveyedTexts) -> Iterator[tuple[str, Tokenised]]:
-    """Every usable document with its split. Raises UserError where there are other ones than in the first pass."""
-    rules, fields = rules_of(config), fields_of(config)
-    for split, source in surveyed.sources.items():
-        drawn = (
-            drawn_documents(config, surveyed.found["train"])
-            if split == "train" and "validation" not in surveyed.sources
-            else None
-        )
-        number = 0
-        for found in tokenise_documents(read_documents(source, fields), rules):
-            if isinstance(found, Dropped):
-                continue
-            if number == len(surveyed.found[split].rows) or len(found.rows) != surveyed.found[split].rows[number]:
-                raise UserError(
-                    f"{source.setting}: {source.files[found.document.file]}: changed while it was read."
-                    " Use --redo prepare"
-                )
-            yield "validation" if drawn is not None and drawn[number] else split, found
-            number += 1
+    """Every usable document with its split."""
+    for split, found in surveyed.found.items():
+        draws = split == "train" and "validation" not in surveyed.sources
+        drawn = drawn_documents(config, found) if draws else np.zeros(len(found.rows), bool)
+        for document, is_drawn in zip(found.documents, drawn, strict=True):
+            yield "validation" if is_drawn else split, document
 
 
 def texts_report(facts: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
-"""The first pass over the texts of a language model's run: documents, rows and tokens counted, and what is wrong found.
+"""The pass over the texts of a language model's run: documents are tokenised and counted, and what is wrong is found.
 
-Of a document memory holds a few numbers.
+Of a document memory holds a few numbers; its tokens wait in the system's temporary folder until they are written.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from raydistill.config.run import Config
-from raydistill.data.documents import Rules, Tokenised, read_documents, tokenise_documents
-from raydistill.data.sources import Dropped, Fields, Source, find_sources
+from raydistill.data.documents import Rules, Tokenised, TokenSpool, read_documents, tokenise_documents
+from raydistill.data.sources import Dropped, Fields, Source, find_sources, kind_of
 from raydistill.data.splits import ValidationDraw
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
@@ -26,8 +26,9 @@ COUNTS = ("documents", "rows", "tokens", "learnt", "long")
 
 @dataclass
 class Survey:
-    """A first pass over a source: numbers of every usable document, and of the dropped ones by reason."""
+    """The pass over a source: every usable document and its numbers, and the dropped ones by reason."""
 
+    documents: TokenSpool = field(default_factory=TokenSpool)
     rows: array[int] = field(default_factory=lambda: array("l"))
     tokens: array[int] = field(default_factory=lambda: array("l"))
     learnt: array[int] = field(default_factory=lambda: array("l"))
@@ -36,6 +37,7 @@ class Survey:
     first_dropped: str = ""
 
     def add(self, found: Tokenised) -> None:
+        self.documents.add(found)
         self.rows.append(len(found.rows))
         self.tokens.append(sum(len(row.tokens_L) for row in found.rows))
         self.learnt.append(sum(row.learnt for row in found.rows))
@@ -49,7 +51,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class SurveyedTexts:
-    """The sources after the first pass."""
+    """The sources after the pass over them."""
 
     sources: dict[str, Source]
     found: dict[str, Survey]
@@ -71,10 +73,10 @@ def fields_of(config: Config) -> Fields:
     data = config.data
     if data.messages is not None:
         return Fields((("data.messages", data.messages),), 0, data.delimiter, data.max_row_bytes)
-    columns = (("data.text", data.text),)
     if data.prompt is not None and data.response is not None:
         columns = (("data.prompt", data.prompt), ("data.response", data.response))
-    return Fields(columns, len(columns), data.delimiter, data.max_row_bytes)
+        return Fields(columns, 2, data.delimiter, data.max_row_bytes)
+    return Fields((("data.text", data.text),), 1, data.delimiter, data.max_row_bytes, data.txt_documents)
 
 
 def rules_of(config: Config) -> Rules:
@@ -91,9 +93,10 @@ def rules_of(config: Config) -> Rules:
 
 
 def survey_texts(config: Config, progress: Progress) -> SurveyedTexts:
-    """The first pass: everything about the sources that can be wrong is found here."""
+    """Reads and tokenises every document; everything about the sources that can be wrong is found here."""
     rules, fields = rules_of(config), fields_of(config)
     sources = {split: find_split(config, split) for split in own_splits(config)}
+    _check_blocks(config, sources)
     found = {
         split: _survey(source, fields, rules, config.data.max_dropped, progress) for split, source in sources.items()
     }
@@ -109,6 +112,13 @@ def survey_texts(config: Config, progress: Progress) -> SurveyedTexts:
     return SurveyedTexts(sources, found, {split: counts[split] for split in SPLITS}, len(rules.tokenizer))
 
 
+def _check_blocks(config: Config, sources: dict[str, Source]) -> None:
+    """Raises UserError where blocks of .txt files are asked for and there are none."""
+    kinds = {kind_of(source.setting, path) for source in sources.values() for path in source.files}
+    if config.data.txt_documents == "block" and "txt" not in kinds:
+        raise UserError(f"data.txt_documents: found block, and the data are {', '.join(sorted(kinds))}. Remove it")
+
+
 def _survey(source: Source, fields: Fields, rules: Rules, max_dropped: float, progress: Progress) -> Survey:
     found = Survey()
     for one in tokenise_documents(read_documents(source, fields), rules):
@@ -119,6 +129,7 @@ def _survey(source: Source, fields: Fields, rules: Rules, max_dropped: float, pr
             found.add(one)
         if (len(found.rows) + found.dropped.total()) % 4096 == 0:
             progress.check()
+    found.documents.close()
     dropped, used = found.dropped.total(), len(found.rows)
     if not used:
         reason = f"; {found.first_dropped}" if dropped else ""
