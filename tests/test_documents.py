@@ -9,16 +9,11 @@ import pyarrow as pa
 import pytest
 from language_runs import tokenizer, write_jsonl
 
-from raydistill.data.documents import (
-    Document,
-    Rules,
-    Tokenised,
-    TokenSpool,
-    read_documents,
-    tokenise_documents,
-)
+from raydistill.data.documents import Document, read_documents
 from raydistill.data.sources import Dropped, Fields, find_source
+from raydistill.data.token_rows import Rules, Tokenised, tokenise_documents
 from raydistill.data.token_shards import TokenShardWriter, read_token_shard
+from raydistill.data.token_spool import TokenSpool
 from raydistill.errors import UserError
 from raydistill.record.store import LocalStore
 
@@ -80,7 +75,7 @@ def test_a_prompt_that_fills_the_row_leaves_nothing_to_learn_and_is_counted(made
     found = list(tokenise_documents(documents(path, PAIRS), Rules(made, 12, splits=True)))
     reasons = [one.reason if isinstance(one, Dropped) else one.is_long for one in found]
     assert reasons == [
-        "no token to learn from", True, "empty text", "null text", "text is not text", "over max_row_bytes",
+        "no token to learn from", True, "no response", "null text", "text is not text", "over max_row_bytes",
     ]  # fmt: skip
     assert isinstance(found[1], Tokenised)
     assert len(found[1].rows[0].tokens_L) == 12

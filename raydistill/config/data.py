@@ -47,6 +47,45 @@ class Augment(Section):
         return self
 
 
+class Synthesis(Section):
+    """Responses that the teacher writes to prompts, for its student (Kim and Rush 2016, arXiv:1606.07947)."""
+
+    engine: Literal["transformers", "vllm"] = Field(default="transformers", description="vllm needs the extra vllm")
+    rows: Literal["missing", "all"] = Field(
+        default="missing", description="which prompts of train: those without a response, or those with one too"
+    )
+    test: bool = Field(default=False, description="prompts of test without a response are answered too")
+    answers: int = Field(default=1, ge=1, le=1000, description="responses to each prompt")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="0: always the likeliest token")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="tokens are drawn among the likeliest that have this share together"
+    )
+    max_new_tokens: int = Field(
+        default=256, ge=1, le=131_072, description="of a response; it also ends where its row of max_length is full"
+    )
+    seed: int = Field(
+        default=0, ge=0, le=MAX_SEED, description="of the draws, with the prompt's number and the answer's"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the teacher while it writes")
+    prompts_per_batch: int = Field(
+        default=1, ge=1, le=4096,
+        description="transformers: prompts of equal length that are answered at once; with 1 an answer depends on its"
+        " prompt alone, with more also on which prompts stand beside it in their shard",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _draws_differ(self) -> Synthesis:
+        if not self.temperature and self.answers > 1:
+            raise ValueError(f"answers: found {self.answers} with temperature 0, so that all are the same; set it to 1")
+        if not self.temperature and self.top_p < 1:
+            raise ValueError("top_p means nothing with temperature 0; remove it")
+        if self.engine == "vllm" and self.prompts_per_batch > 1:
+            raise ValueError(
+                "prompts_per_batch means nothing with engine: vllm, which makes its own batches; remove it"
+            )
+        return self
+
+
 class Data(Section):
     """Where rows come from and how they become shards."""
 
@@ -58,6 +97,13 @@ class Data(Section):
     unlabelled: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), description="a source, or a list of them, of more texts: the teacher scores them for the student"
     )
+    unlabelled_share: float | None = Added(
+        None, gt=0, lt=1, description="causal_lm: of the student's documents, drawn from unlabelled; absent: all of it"
+    )
+    answered: tuple[Annotated[str, Field(min_length=1)], ...] = Added(
+        (), description="causal_lm: sources of prompts with responses that a model wrote, for the student alone"
+    )
+    synthesis: Synthesis | None = Added(None, description="causal_lm: prompts that the teacher answers; absent: none")
     keep_unlabelled: bool = Field(
         default=False, description="rows of train with an empty label join the unlabelled ones and are not dropped"
     )
@@ -101,7 +147,7 @@ class Data(Section):
             raise ValueError("a share must be above 0 and below 0.5; or give a path")
         return value
 
-    @field_validator("unlabelled", mode="before")
+    @field_validator("unlabelled", "answered", mode="before")
     @classmethod
     def _one_source_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

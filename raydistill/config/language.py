@@ -16,10 +16,11 @@ SPARSE = ("sampled", "random", "topk")
 class NextTokens(Section):
     """What is kept of the teacher's distribution of the next token, at every position that is learnt from."""
 
-    codec: Literal["sampled", "random", "topk", "hidden", "dense"] = Field(
+    codec: Literal["sampled", "random", "topk", "hidden", "dense", "none"] = Field(
         default="sampled",
         description="sampled: likely tokens and an unbiased sample of the others; random: RS-KD's draws; topk: likely"
-        " tokens alone; hidden: the last hidden state; dense: every logit",
+        " tokens alone; hidden: the last hidden state; dense: every logit; none: nothing, the student learns from what"
+        " the teacher wrote alone",
     )
     kept: int = Field(default=12, ge=1, le=255, description="sampled, random, topk: tokens of a position")
     units: int = Field(
@@ -34,7 +35,7 @@ class NextTokens(Section):
     @model_validator(mode="after")
     def _settings_fit_codec(self) -> NextTokens:
         used = {"sampled": ("kept", "units", "probabilities", "seed"), "random": ("kept", "probabilities", "seed")}
-        used |= {"topk": ("kept", "seed"), "hidden": (), "dense": ()}
+        used |= {"topk": ("kept", "seed"), "hidden": (), "dense": (), "none": ()}
         for name in ("kept", "units", "probabilities", "seed"):
             if getattr(self, name) != type(self).model_fields[name].default and name not in used[self.codec]:
                 raise ValueError(f"{name} means nothing with codec: {self.codec}; remove it")
@@ -52,7 +53,7 @@ DEFAULTS: dict[tuple[str, ...], Any] = {
 }
 # Settings that are about rows with labels, or that are not built for language models, by their section.
 OTHERS: dict[str, tuple[str, ...]] = {
-    "data": ("label", "label_separator", "unlabelled", "keep_unlabelled", "augment"),
+    "data": ("label", "label_separator", "keep_unlabelled", "augment"),
     "teacher": (
         "codec", "features_codec", "calibrate", "cross_fit", "members", "weight", "fine_tune_seeds", "combine",
         "features_of",
@@ -68,7 +69,17 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 # And those that mean nothing without it.
 OWN: dict[str, tuple[str, ...]] = {
-    "data": ("prompt", "response", "messages", "learnt_roles", "long_documents", "txt_documents"),
+    "data": (
+        "prompt",
+        "response",
+        "messages",
+        "learnt_roles",
+        "long_documents",
+        "txt_documents",
+        "synthesis",
+        "answered",
+        "unlabelled_share",
+    ),
     "teacher": ("next_tokens",),
     "student": ("tie_embeddings",),
     "evaluate": ("samples", "sample_tokens"),
@@ -92,7 +103,16 @@ def with_defaults(tree: Any) -> Any:
         else:
             if place[-1] != "temperature" or section.get("kind") not in WITHOUT_TEMPERATURE:
                 section.setdefault(place[-1], value)
+    if _keeps_nothing(tree):
+        tree["train"]["loss"].setdefault("alpha", 0.0)
     return tree
+
+
+def _keeps_nothing(tree: dict[str, Any]) -> bool:
+    """Whether settings as given ask for no logits, and have a place for the share of the teacher's loss."""
+    kept = tree["teacher"].get("next_tokens") if isinstance(tree.get("teacher"), dict) else None
+    loss = tree["train"].get("loss") if isinstance(tree["train"], dict) else None
+    return isinstance(kept, dict) and kept.get("codec") == "none" and isinstance(loss, dict)
 
 
 def check_language(config: Any) -> None:
@@ -109,6 +129,7 @@ def check_language(config: Any) -> None:
         if metric not in METRICS:
             raise ValueError(f"{name}: {metric} is of classes; with task: causal_lm use {', '.join(METRICS)}")
     _check_columns(config.data)
+    _check_written(config)
     _check_student(config.student)
 
 
@@ -134,7 +155,10 @@ def _first_set(config: Any, names: dict[str, tuple[str, ...]]) -> str | None:
 
 def _check_columns(data: Any) -> None:
     """Documents come from one column of texts or chats, or from two of prompts and responses."""
-    if (data.prompt is None) != (data.response is None):
+    asks = data.synthesis is not None
+    if (data.response is not None and data.prompt is None) or (
+        data.response is None and data.prompt is not None and not asks
+    ):
         raise ValueError("data.prompt and data.response name two columns of the same rows; give both, or neither")
     if data.prompt is not None and data.prompt == data.response:
         raise ValueError(f"data.prompt and data.response name the same column, {data.prompt!r}; each needs its own")
@@ -153,6 +177,43 @@ def _check_columns(data: Any) -> None:
         raise ValueError(f"data.long_documents means nothing with {named}, which are always cut; remove it")
     if data.txt_documents != type(data).model_fields["txt_documents"].default:
         raise ValueError(f"data.txt_documents means nothing with {named}, which .txt files do not have; remove it")
+
+
+def _check_written(config: Any) -> None:
+    """What the teacher, or another model, writes, and what is learnt from it."""
+    data, kept = config.data, config.teacher.next_tokens
+    asks, has_prompts = data.synthesis is not None, data.prompt is not None or data.messages is not None
+    for name, is_set in {"synthesis": asks, "answered": bool(data.answered)}.items():
+        if is_set and not has_prompts:
+            raise ValueError(f"data.{name} is about prompts; name their column in data.prompt, or data.messages")
+    if asks and data.messages is not None and "assistant" not in data.learnt_roles:
+        raise ValueError(
+            "data.learnt_roles: data.synthesis writes messages of the assistant, which is not among them; add it"
+        )
+    if data.answered and data.messages is None and data.response is None:
+        raise ValueError("data.answered has responses; name their column in data.response")
+    if data.unlabelled and not asks:
+        raise ValueError("data.unlabelled has prompts alone, which nobody answers; set data.synthesis")
+    if data.unlabelled_share is not None and not data.unlabelled:
+        raise ValueError("data.unlabelled_share means nothing without data.unlabelled; remove it")
+    if asks and config.teacher.fine_tune is not None:
+        raise ValueError(
+            "teacher.fine_tune trains a teacher on prepared rows, and data.synthesis asks it before; fine-tune it in a"
+            " run of its own, and give that run's teacher/model as teacher.model"
+        )
+    if asks and not data.synthesis.test and data.prompt is not None and data.response is None:
+        raise ValueError("data.response: test needs responses; name their column, or set data.synthesis.test: true")
+    if kept is None or kept.codec != "none":
+        return
+    if not asks and not data.answered:
+        raise ValueError(
+            "teacher.next_tokens.codec: none learns from what the teacher wrote, and there is nothing of it; set"
+            " data.synthesis or data.answered"
+        )
+    if config.train.loss.has_teacher:
+        raise ValueError("train.loss.alpha: teacher.next_tokens.codec: none keeps no logits to learn from; set it to 0")
+    if config.train.metric in ("kl", "agreement"):
+        raise ValueError(f"train.metric: {config.train.metric} needs logits, which codec: none does not keep; use nll")
 
 
 def _check_student(student: Any) -> None:

@@ -141,6 +141,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _rows_without_labels_have_a_teacher(self) -> Config:
+        if self.task == "causal_lm":  # whose rows all have a next token
+            return self
         data, learns = self.data, any(loss.has_teacher for loss in self.train.losses)
         asked = {
             "unlabelled": data.unlabelled, "keep_unlabelled": data.keep_unlabelled,

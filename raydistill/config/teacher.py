@@ -101,3 +101,8 @@ class Teacher(Section):
         if self.features_of is not None and self.features_of >= teachers:
             raise ValueError(f"features_of: found {self.features_of}, the {teachers} teachers are 0 to {teachers - 1}")
         return self
+
+    @property
+    def keeps_no_logits(self) -> bool:
+        """causal_lm: whether the student learns from what the teacher wrote alone."""
+        return self.next_tokens is not None and self.next_tokens.codec == "none"

@@ -39,6 +39,16 @@ def read_messages(value: Any) -> Messages | None:
     return tuple((str(role), str(content)) for role, content in pairs)
 
 
+def written_messages(messages: Messages) -> str:
+    """Messages as `read_messages` reads them."""
+    return json.dumps([{"role": role, "content": content} for role, content in messages], ensure_ascii=False)
+
+
+def asking(messages: Messages) -> Messages:
+    """The chat up to the response that the model is to write, without the one that it has."""
+    return messages[:-1] if messages[-1][0] == WRITER else messages
+
+
 def segments(tokenizer: Any, messages: Messages, learnt_roles: Collection[str]) -> list[Segment] | None:
     """The chat from its first part to its last.
 
@@ -60,6 +70,15 @@ def segments(tokenizer: Any, messages: Messages, learnt_roles: Collection[str]) 
         found.append(Segment(whole.removeprefix(before), is_learnt))
         before = whole
     return found
+
+
+def prompt_segments(tokenizer: Any, messages: Messages, learnt_roles: Collection[str]) -> list[Segment] | None:
+    """A chat that the model is to go on with: `segments` of what stands there, and the generation prompt."""
+    found, whole = segments(tokenizer, messages, learnt_roles), _rendered(tokenizer, messages, prompts=True)
+    before = "".join(part.text for part in found or ())
+    if found is None or whole is None or not whole.startswith(before):
+        return None
+    return [*found, Segment(whole.removeprefix(before), False)]
 
 
 def _rendered(tokenizer: Any, messages: Messages, *, prompts: bool = False) -> str | None:

@@ -39,13 +39,14 @@ SCHEMA = pa.schema(
 class RowWriter:
     """Takes the rows of one split in order and commits a shard whenever one is full; keeps those that stand.
 
-    The schema's first column is row_id, which is counted here; the others are what is added.
+    The schema's first column is the row's id, which is counted here; the others are what is added.
     """
 
     def __init__(
-        self, store: Store, split: str, *, first_row_id: int, shard_rows: int, fingerprint: str, schema: pa.Schema
-    ) -> None:
-        self._schema = schema
+        self, store: Store, split: str, *, first_row_id: int, shard_rows: int, fingerprint: str, schema: pa.Schema,
+        folder: str = "data",
+    ) -> None:  # fmt: skip
+        self._schema, self._folder = schema, folder
         self._store, self._split, self._fingerprint = store, split, fingerprint
         self._next_row_id, self._shard_rows = first_row_id, shard_rows
         self._rows: list[tuple[Any, ...]] = []
@@ -78,7 +79,7 @@ class RowWriter:
         self._rows = []
 
     def _next_name(self) -> str:
-        return f"data/{shard_name(self._split, len(self.entries))}"
+        return f"{self._folder}/{shard_name(self._split, len(self.entries))}"
 
     def _write(self, name: str) -> Entry:
         row_ids = np.arange(self._next_row_id, self._next_row_id + len(self._rows))

@@ -28,6 +28,7 @@ from raydistill.errors import UserError, first_line
 Reason = Literal[
     "empty text", "null text", "text is not text", "over max_row_bytes", "null label", "label is not a name",
     "malformed", "no token to learn from", "messages are malformed", "the template refuses the messages",
+    "no response", "no room for a response", "an empty response",
 ]  # fmt: skip
 PARQUET_BATCH_ROWS = 1024
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view())
@@ -60,7 +61,8 @@ class Dropped:
 class Fields:
     """The columns to read, each with the setting that names it; the first `texts` of them hold texts.
 
-    txt: what a .txt file's texts are, where they are all that is read.
+    txt: what a .txt file's texts are, where they are all that is read. Of an `optional` column
+    that is not there all values are None.
     """
 
     columns: tuple[tuple[str, str], ...]
@@ -68,6 +70,7 @@ class Fields:
     delimiter: str
     max_row_bytes: int
     txt: Literal["file", "block"] | None = None
+    optional: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -253,7 +256,7 @@ def _read_csv(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ..
             like = ",".join(fields.names)
             raise UserError(f"{setting}: {path}: begins with no header. Its first line must be like {like}")
         _check_columns(setting, path, header, fields)
-        places = [header.index(name) for name in fields.names]
+        places = [header.index(name) if name in header else None for name in fields.names]
         while True:
             line = reader.line_num
             try:
@@ -265,7 +268,8 @@ def _read_csv(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ..
                 yield from [None] * (reader.line_num - line)
                 continue
             if cells:
-                yield tuple(cells[place] for place in places) if len(cells) == len(header) else None
+                is_whole = len(cells) == len(header)
+                yield tuple(None if place is None else cells[place] for place in places) if is_whole else None
 
 
 def _check_columns(setting: str, path: str, names: list[str], fields: Fields) -> None:
@@ -273,7 +277,7 @@ def _check_columns(setting: str, path: str, names: list[str], fields: Fields) ->
     for name in fields.names:
         if names.count(name) > 1:
             raise UserError(f"{setting}: {path}: has {names.count(name)} columns named {name!r}. Rename all but one")
-        if name not in names:
+        if name not in names and name not in fields.optional:
             listed = ", ".join(repr(n[:40]) for n in names[:12]) or "none"
             remedy = f"Set {fields.settings} or data.delimiter"
             raise UserError(f"{setting}: {path}: has no column {name!r}, it has {listed}. {remedy}")
@@ -301,15 +305,18 @@ def _read_parquet(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any
     with _open(path) as file, pq.ParquetFile(file) as parquet:
         schema = parquet.schema_arrow
         _check_columns(setting, path, schema.names, fields)
-        for named_by, name in fields.columns[: fields.texts]:
+        there = [(named_by, name) for named_by, name in fields.columns if name in schema.names]
+        for named_by, name in there[: fields.texts]:
             kind = schema.field(name).type
             plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if plain not in TEXT_TYPES:
+            if plain not in TEXT_TYPES and not (name in fields.optional and pa.types.is_null(kind)):
                 what = f"column {name!r} holds {kind}, expected text"
                 raise UserError(f"{setting}: {path}: {what}. Set {named_by}")
-        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=fields.names, use_threads=False):
-            held = [batch.column(name).to_pylist() for name in fields.names]
-            yield from zip(*held, strict=True)
+        names = [name for _, name in there]
+        for batch in parquet.iter_batches(PARQUET_BATCH_ROWS, columns=names, use_threads=False):
+            held = {name: batch.column(name).to_pylist() for name in names}
+            missing = [None] * len(batch)
+            yield from zip(*(held.get(name, missing) for name in fields.names), strict=True)
 
 
 def _read_txt(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ...] | None]:
@@ -339,7 +346,7 @@ def _read_hub(setting: str, path: str, fields: Fields) -> Iterator[tuple[Any, ..
     for index, row in enumerate(hub_rows(setting, path)):
         if index == 0:
             _check_columns(setting, path, list(row), fields)
-        yield tuple(row[name] for name in fields.names)
+        yield tuple(row.get(name) for name in fields.names)
 
 
 def _open(path: str) -> IO[bytes]:

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydistill.data.documents import Tokenised
 from raydistill.data.shards import RowWriter
+from raydistill.data.token_rows import Tokenised
 from raydistill.record.commit import Entry, open_verified
 from raydistill.record.store import Store
 

@@ -80,6 +80,16 @@ def check_length(setting: str, folder: Path, max_length: int) -> None:
         raise UserError(f"data.max_length: found {max_length}, {setting} {folder} takes at most {longest}. Lower it")
 
 
+def end_tokens(folder: Path, tokenizer_end: int | None) -> list[int]:
+    """The ids that end what a model writes: its tokenizer's, and those that its configurations name."""
+    found = set() if tokenizer_end is None else {tokenizer_end}
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            named = json.loads((folder / name).read_text()).get("eos_token_id")
+            found |= {named} if isinstance(named, int) else set(named or ())
+    return sorted(found)
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a transformer that its features have."""

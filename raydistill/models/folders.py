@@ -21,7 +21,9 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tokenizer.model",
     CHAT_TEMPLATE,
 )  # fmt: skip
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+HUB_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES,
+]  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 

@@ -23,6 +23,7 @@ class Part:
 
 
 PARTS = {
+    "answers": Part("prepare", "answers", "answers"),
     "data": Part("prepare", "data", "data"),
     "folds": Part("teach", "teacher/folds", "teacher/folds"),
     "teacher": Part("teach", "teacher/train", "teacher/model"),
@@ -36,7 +37,7 @@ PARTS = {
     "control": Part("evaluate", "control/train", "control/model"),
     "report": Part("evaluate", "report", "report"),
 }
-LENT = ("data", "folds", "teacher", "cache", "features")
+LENT = ("answers", "data", "folds", "teacher", "cache", "features")
 # Further teachers, of which a config may ask for any number, are parts by the names of their folders.
 FURTHER_TEACHER = re.compile(r"teacher(/member-\d+)?(/fold-\d+)?")
 # So are the repetitions of student and control with another seed; below `seeds/1/` is what a run has of its first one.

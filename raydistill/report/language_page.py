@@ -70,6 +70,8 @@ def language_verdict(report: dict[str, Any]) -> list[str]:
             lines.append(f"That closes {report['gap_closed']:.0%} of the gap between control and teacher, in nats.")
     lines += seeds_verdict(report, SEED_FORMS)
     cache = report["cache"]
+    if cache["codec"] == "none":
+        return [*lines, "It learned from what the teacher wrote alone, and from none of its logits."]
     lines.append(
         f"It learned from {cache['positions']:,} positions, {cache['bytes_per_position']:.1f} bytes each by codec"
         f" {cache['codec']} ({cache['promise']})."

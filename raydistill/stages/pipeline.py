@@ -16,6 +16,8 @@ from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.compared import check_compared
 from raydistill.stages.export import check_export, export
 from raydistill.stages.extra_sets import check_sets
+from raydistill.stages.language.synthesis import answer_prompts
+from raydistill.stages.language.text_plan import answers_plan
 from raydistill.stages.preflight import check_plans, check_resources
 from raydistill.stages.progress import Progress
 from raydistill.stages.tasks import Cost, Surveyed, task_of
@@ -53,6 +55,8 @@ def run_stages(
                         run.set_aside(part)
             write_config(config, run)
             if "prepare" in stages:
+                if config.data.synthesis is not None:
+                    surveyed = answer_prompts(config, run, surveyed, resources, progress)
                 task.prepare(config, run, surveyed, progress)
             if "teach" in stages:
                 task.teach(config, run, resources, progress)
@@ -78,9 +82,11 @@ def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress)
             )
         surveyed = task.survey(config, progress)
         run.check("data", task.data_plan(config, surveyed))
+        if config.data.synthesis is not None:
+            run.check("answers", answers_plan(config, surveyed))
     check_export(config)
     labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
-    if stages != ("prepare",):
+    if stages != ("prepare",) or config.data.synthesis is not None:  # what the teacher writes is dear
         task.check_models(config, run, labels)
         if config.tune is not None:
             check_search(config, run, labels)
@@ -100,7 +106,7 @@ def write_config(config: Config, run: Run) -> None:
 @contextlib.contextmanager
 def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
     """The cluster, for stages that need one; a cluster that was started here ends with the run."""
-    if set(stages) <= {"prepare", "export"}:
+    if set(stages) <= {"prepare", "export"} and not ("prepare" in stages and config.data.synthesis is not None):
         yield Resources(cpus=0, gpus=0, node_cpus=0)
         return
     import ray

@@ -135,7 +135,8 @@ def _check_stage(stage: TrainingStage, teacher_folder: Path) -> None:
 def check_resources(config: Config, stages: tuple[str, ...], resources: Resources) -> None:
     """Every stage's share of the cluster. Raises UserError for what would wait for ever."""
     scores = "train" in stages and any(stage.own_teacher for stage in training_stages("student", config))
-    if "teach" in stages or "evaluate" in stages or scores:
+    asks = "prepare" in stages and config.data.synthesis is not None
+    if "teach" in stages or "evaluate" in stages or scores or asks:
         share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
     if "evaluate" in stages:
         timed_devices(config, resources)

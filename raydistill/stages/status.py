@@ -37,6 +37,7 @@ def standings(run: Run, config: Config) -> list[Standing]:
 def expected_parts(config: Config) -> list[str]:
     """The parts of a run that its config asks for, in order."""
     wanted = {
+        "answers": config.data.synthesis is not None,
         "folds": config.teacher.cross_fit is not None,
         "teacher": config.teacher.fine_tune is not None,
         "features": config.train.caches_features,

@@ -17,6 +17,7 @@ from raydistill.stages.language import evaluate as language_evaluate
 from raydistill.stages.language import prepare as language_prepare
 from raydistill.stages.language import survey as language_survey
 from raydistill.stages.language import teach as language_teach
+from raydistill.stages.language import text_plan as language_text_plan
 from raydistill.stages.progress import Progress
 
 
@@ -65,8 +66,8 @@ CLASSES = Task(
 )
 LANGUAGE = Task(
     survey=language_survey.survey_texts,
-    standing_data=language_prepare.standing_texts,
-    data_plan=language_prepare.texts_plan,
+    standing_data=language_text_plan.standing_texts,
+    data_plan=language_text_plan.texts_plan,
     prepare=language_prepare.prepare_texts,
     check_models=language_checks.check_language_models,
     cost=language_checks.language_cost,

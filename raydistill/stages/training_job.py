@@ -155,7 +155,7 @@ def training_job(request: TrainingRequest, plan: Plan) -> TrainingJob:
     # A control has no teacher, in its choice of checkpoint neither.
     metric = "nll" if role == "control" and settings.metric in TeacherMetrics else settings.metric
     data, fold = run.require("data"), request.without_fold
-    counted = data.shards(*(LABELLED_SPLITS if role == "teacher" else STUDENT_SPLITS))
+    counted = data.shards(*(LABELLED_SPLITS if role == "teacher" else student_splits(config)))
     rows = None if fold is None else FoldRows(run.home("folds").root, fold, inside=False)
     epoch_rows = (
         sum(e.rows for e in counted) if rows is None else sum(map(rows.open().count, (e.file for e in counted)))
@@ -164,13 +164,18 @@ def training_job(request: TrainingRequest, plan: Plan) -> TrainingJob:
         role=role, title=part, section=request.section, config=config, settings=settings, objective=objective,
         metric=metric, precision=plan.inputs["precision"], labels=tuple(data.facts["labels"]),
         fingerprint=plan.fingerprint, run_url=run.store.root, data_url=run.home("data").root,
-        uses_cache=role == "student", splits=STUDENT_SPLITS if role == "student" else LABELLED_SPLITS,
+        uses_cache=role == "student", splits=student_splits(config) if role == "student" else LABELLED_SPLITS,
         epoch_rows=epoch_rows, source=source, start=start_fingerprint(role, config, run, source),
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
         beside=feature_source(config, run) if has_features and config.teacher.features_of else None,
         unfreeze=settings.unfreeze if isinstance(settings, Train) else None,
         folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
     )  # fmt: skip
+
+
+def student_splits(config: Config) -> tuple[str, ...]:
+    """What a student learns from: with no logits of its teacher, from what that wrote alone (arXiv:1606.07947)."""
+    return ("unlabelled",) if config.teacher.keeps_no_logits else STUDENT_SPLITS
 
 
 def student_objective(loss: Loss, task: str = "classification") -> Objective:

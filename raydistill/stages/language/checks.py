@@ -18,10 +18,12 @@ from raydistill.models.folders import find_model, refuse_adapter
 from raydistill.models.loading import empty_language_model
 from raydistill.record.run import Run
 from raydistill.stages.language.objective import token_objective
-from raydistill.stages.language.survey import SurveyedTexts
-from raydistill.stages.language.teach import next_tokens
+from raydistill.stages.language.surveyed import SurveyedTexts
+from raydistill.stages.language.teach import SPLITS, next_tokens
+from raydistill.stages.language.vllm_engine import check_vllm
 from raydistill.stages.preflight import check_lender
 from raydistill.stages.progress import size
+from raydistill.stages.training_job import student_splits
 from raydistill.students.language import language_skeleton
 
 # For each of the `kept` tokens at a vocabulary of 128k (docs/log.md); a smaller one takes less.
@@ -35,6 +37,8 @@ def check_language_models(config: Config, run: Run, labels: list[str]) -> None:
     check_length("the teacher", folder, config.data.max_length)
     _check_model("teacher.model", folder, empty_language_model_on_meta("teacher.model", folder))
     check_lender(config, run)
+    if config.data.synthesis is not None and config.data.synthesis.engine == "vllm":
+        check_vllm()
     if config.student.init == "pretrained":
         _check_pretrained(config, folder)
     student = language_skeleton(config.student, teacher_folder=folder, max_length=config.data.max_length)
@@ -85,6 +89,8 @@ def _check_pretrained(config: Config, teacher: Path) -> None:
 def check_losses(config: Config) -> None:
     """The loss against what the cache will hold of the teacher."""
     kept, loss = next_tokens(config), config.train.loss
+    if kept.codec == "none":
+        return
     parameters = {name: value for name in LOSS_PARAMETERS if (value := getattr(loss, name)) is not None}
     try:
         token_objective(loss)
@@ -107,35 +113,64 @@ class LanguageCost:
     codec: str
     cache_bytes: float
     steps: dict[str, int]
+    asked: dict[str, int]  # prompts by the split that their answers go to
+    answers: int  # to each of them
+    answer_tokens: int  # of an answer at most
 
     def lines(self) -> list[str]:
-        scored = sum(self.counts[split]["rows"] for split in ("train", "validation"))
+        scored = sum(self.counts[split]["rows"] for split in SPLITS if split in self.counts)
+        scored += self.answers * sum(count for split, count in self.asked.items() if split in SPLITS)
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
         return [
             "documents: " + ", ".join(f"{found['documents']:,} {split}" for split, found in self.counts.items()),
             "tokens: " + ", ".join(f"{found['tokens']:,} {split}" for split, found in self.counts.items()),
-            f"teacher forwards for the cache: {scored:,} rows, once each",
-            f"cache: about {size(int(self.cache_bytes))} at most by codec {self.codec}",
+            *self._answer_lines(),
+            *(
+                ["no logits are kept (codec none)"]
+                if self.codec == "none"
+                else [
+                    f"teacher forwards for the cache: {scored:,} rows, once each",
+                    f"cache: about {size(int(self.cache_bytes))} at most by codec {self.codec}",
+                ]
+            ),
             f"optimiser steps at most: {steps}",
+        ]
+
+    def _answer_lines(self) -> list[str]:
+        if not self.asked:
+            return []
+        count = sum(self.asked.values())
+        return [
+            f"answers that the teacher writes: {self.answers * count:,} to {count:,} prompts, of"
+            f" {self.answer_tokens:,} tokens at most, which come to those above"
         ]
 
 
 def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> LanguageCost:
     """The cost of a run over these documents."""
-    counts = surveyed.counts if surveyed else run.require("data").facts["counts"]
-    vocabulary = surveyed.vocabulary if surveyed else run.require("data").facts["vocabulary"]
+    facts = None if surveyed else run.require("data").facts
+    counts = surveyed.counts if surveyed else facts["counts"] if facts else {}
+    vocabulary = surveyed.vocabulary if surveyed else facts["vocabulary"] if facts else 0
+    asked, settings = (surveyed.asked if surveyed else {}), config.data.synthesis
+    answers, longest = (settings.answers, settings.max_new_tokens) if settings else (0, 0)
     kept = next_tokens(config)
-    positions = sum(counts[split]["learnt"] for split in ("train", "validation"))
+    written = answers * sum(count for split, count in asked.items() if split in SPLITS)
+    positions = sum(counts[split]["learnt"] for split in SPLITS if split in counts) + written * longest
     each = NEXT_TOKEN_BYTES.get(kept.codec, 0) * kept.kept
     if kept.codec in ("hidden", "dense"):
         folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
         each = 2 * (vocabulary if kept.codec == "dense" else shape_of(folder).width)
-    tokens, length = counts["train"]["tokens"], config.data.max_length
+    length, learnt = config.data.max_length, student_splits(config)
+    tokens = sum(counts[split]["tokens"] for split in learnt if split in counts)
+    tokens += answers * length * sum(asked.get(split, 0) for split in learnt)
     trainings = {"teacher": (config.teacher.fine_tune, 1), "student": (config.train, config.train.seeds)}
     trainings |= {"control": (config.train, config.train.seeds)} if config.evaluate.control else {}
+    of_teacher = counts["train"]["tokens"]
     steps = {
-        name: times * settings.epochs * token_steps(tokens, settings.batch_size * length)
+        name: times
+        * settings.epochs
+        * token_steps(of_teacher if name == "teacher" else tokens, settings.batch_size * length)
         for name, (settings, times) in trainings.items()
         if settings is not None
     }
-    return LanguageCost(counts, kept.codec, positions * each, steps)
+    return LanguageCost(counts, kept.codec, positions * each, steps, asked, answers, longest)

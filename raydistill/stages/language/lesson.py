@@ -11,6 +11,7 @@ import torch
 
 from raydistill.cache.next_tokens import NextTokenCache
 from raydistill.data.token_loader import TokenBatch, TokenSplit, check_vocabulary
+from raydistill.data.token_order import token_steps
 from raydistill.data.tokens import load_tokenizer
 from raydistill.losses.fused_linear import Teacher, TokenObjective
 from raydistill.models.loading import load_language_model
@@ -23,6 +24,7 @@ from raydistill.stages.job import TrainingJob
 from raydistill.stages.lesson import Parts, Steps
 from raydistill.stages.meter import Meter
 from raydistill.stages.ranks import all_reduce, rank_and_world
+from raydistill.stages.training_job import student_splits
 from raydistill.students.language import build_language_student
 from raydistill.targets import HiddenTargets, OutputHead, SparseTargets
 
@@ -53,18 +55,22 @@ class LanguageLesson:
             folder = PARTS["cache"].folder
             manifest = read_manifest(store, folder)
             assert manifest is not None
-            cache = NextTokenCache.open(store, folder, manifest, data)
+            cache = None if job.config.teacher.keeps_no_logits else NextTokenCache.open(store, folder, manifest, data)
         self._head: OutputHead | None = None
         if cache is not None and cache.head is not None:
             head = cache.head
             bias = None if head.bias_V is None else head.bias_V.to(device)
             self._head = replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias)
         self._train, self._validation = (
-            TokenSplit(store, splits, data, cache) for splits in (("train",), ("validation",))
+            TokenSplit(store, splits, data, cache) for splits in (job.splits, ("validation",))
         )
         self.rows = self._train.rows
         self._batch_tokens = job.settings.batch_size * job.config.data.max_length
-        self.per_pass = self.per_epoch = self._train.steps(self._batch_tokens)
+        self.per_pass = self._train.steps(self._batch_tokens)
+        # A control, without what the teacher wrote, takes as many steps as its student.
+        counted = job.splits if job.role == "teacher" else student_splits(job.config)
+        tokens = sum(found["tokens"] for split, found in data.facts["counts"].items() if split in counted)
+        self.per_epoch = token_steps(tokens, self._batch_tokens)
 
     def steps(self, *, epoch: int, first_step: int, rank: int, world: int) -> Steps:
         settings = self._job.settings

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,70 +15,18 @@ import numpy as np
 from raydistill.cache.alphabet import Alphabet
 from raydistill.cache.next_tokens import ALPHABET
 from raydistill.config.run import Config
-from raydistill.data.documents import Tokenised
 from raydistill.data.duplicates import TextIndex
+from raydistill.data.token_rows import Tokenised
 from raydistill.data.token_shards import TokenShardWriter
-from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models.folders import CHAT_TEMPLATE, find_model, tokenizer_identity
 from raydistill.record.commit import Entry, Manifest, commit_manifest, committed_shard
-from raydistill.record.fingerprint import Plan, digest
 from raydistill.record.run import Run
-from raydistill.stages.language.survey import (
-    SPLITS,
-    SurveyedTexts,
-    drawn_documents,
-    fields_of,
-    find_split,
-    own_splits,
-)
+from raydistill.stages.language.survey import fields_of, find_split
+from raydistill.stages.language.surveyed import NOWHERE, PLACES, WRITTEN, SurveyedTexts
+from raydistill.stages.language.text_plan import texts_plan
 from raydistill.stages.progress import Progress
 
-
-def texts_plan(config: Config, surveyed: SurveyedTexts) -> Plan:
-    """Everything that determines the bytes of the data shards."""
-    inputs = {
-        "sources_sha256": {split: source.identity() for split, source in sorted(surveyed.sources.items())},
-        "counts": surveyed.counts,
-    }
-    return Plan("data", inputs | _settings(config))
-
-
-def _settings(config: Config) -> dict[str, Any]:
-    """The settings that determine the data shards, and the tokenizer."""
-    data = config.data
-    names = ("delimiter", "max_row_bytes", "shard_rows", "split_seed", "max_length", "long_documents")
-    folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
-    return {
-        "task": config.task,
-        "data.columns": fields_of(config).names,
-        **{f"data.{name}": getattr(data, name) for name in names},
-        **({"data.txt_documents": data.txt_documents} if data.txt_documents != "file" else {}),
-        "data.validation": "a source" if isinstance(data.validation, str) else data.validation,
-        "tokenizer_sha256": tokenizer_identity(folder),
-        **_chat_settings(config, folder),
-    }
-
-
-def _chat_settings(config: Config, folder: Path) -> dict[str, Any]:
-    """What determines how chats are written; a template in a file of its own is of the tokenizer's identity."""
-    if config.data.messages is None:
-        return {}
-    roles = {"data.learnt_roles": list(config.data.learnt_roles)}
-    if (folder / CHAT_TEMPLATE).is_file():
-        return roles
-    template = load_tokenizer(folder, "teacher.model", pads=False).chat_template
-    return {**roles, "chat_template_sha256": digest(template)}
-
-
-def standing_texts(config: Config, run: Run) -> Manifest | None:
-    """The manifest of data that are complete for these very sources and settings, known without reading a row."""
-    plan, manifest = run.plan("data"), run.complete("data")
-    if plan is None or manifest is None or run.redo == "prepare":
-        return None
-    sources = {split: find_split(config, split).identity() for split in own_splits(config)}
-    asked = {"sources_sha256": dict(sorted(sources.items())), **_settings(config)}
-    return manifest if all(plan.inputs.get(name) == value for name, value in asked.items()) else None
+TAUGHT = ("train", WRITTEN)  # whose tokens the alphabet is ordered by
 
 
 def prepare_texts(config: Config, run: Run, surveyed: SurveyedTexts | None, progress: Progress) -> Manifest:
@@ -104,15 +51,35 @@ def prepare_texts(config: Config, run: Run, surveyed: SurveyedTexts | None, prog
         "rows": surveyed.rows,
         "counts": surveyed.counts,
         "vocabulary": surveyed.vocabulary,
-        "dropped": {split: dict(sorted(found.dropped.items())) for split, found in surveyed.found.items()},
+        "dropped": _dropped(surveyed),
         "repeated": repeated,
         "splits_long": config.data.long_documents == "split" and fields_of(config).settings == "data.text",
         "files": {split: list(source.files) for split, source in surveyed.sources.items()},
+        **_written_facts(surveyed),
     }
     manifest = commit_manifest(run.store, "data", plan.fingerprint, entries, facts)
     for line in texts_report(facts):
         progress.say(f"prepare: {line}")
     return manifest
+
+
+def _dropped(surveyed: SurveyedTexts) -> dict[str, dict[str, int]]:
+    """What is not used of every source, and of the answers, by reason."""
+    found = {name: survey.dropped for name, survey in surveyed.found.items()}
+    found |= {f"answers for {split}": survey.dropped for split, survey in surveyed.written.items()}
+    return {name: dict(sorted(dropped.items())) for name, dropped in found.items()}
+
+
+def _written_facts(surveyed: SurveyedTexts) -> dict[str, Any]:
+    """How many documents a model wrote the responses of, by where its prompts come from."""
+    found: dict[str, Any] = {}
+    if surveyed.written:
+        found["asked"] = surveyed.asked
+    if WRITTEN in surveyed.found:
+        found["out_of_domain"] = {"asked": int(surveyed.taken.sum()), "there": len(surveyed.taken)}
+    if "answered" in surveyed.found:
+        found["answered"] = len(surveyed.found["answered"])
+    return found
 
 
 def _write(
@@ -128,10 +95,10 @@ def _write(
     counts_V, done, started = np.zeros(surveyed.vocabulary, np.int64), 0, time.monotonic()
     total = sum(counts["documents"] for counts in surveyed.counts.values())
     with TextIndex() as index:
-        for split, found in _placed(config, surveyed):
+        for split, found in _placed(surveyed):
             writers[split].add(found)
             index.add_key(found.key, split, 0)
-            if split == "train":
+            if split in TAUGHT:
                 for row in found.rows:
                     counts_V += np.bincount(row.tokens_L[row.learnt_L], minlength=surveyed.vocabulary)
             done += 1
@@ -146,24 +113,27 @@ def _write(
     return entries, repeated
 
 
-def _placed(config: Config, surveyed: SurveyedTexts) -> Iterator[tuple[str, Tokenised]]:
-    """Every usable document with its split."""
-    for split, found in surveyed.found.items():
-        draws = split == "train" and "validation" not in surveyed.sources
-        drawn = drawn_documents(config, found) if draws else np.zeros(len(found.rows), bool)
-        for document, is_drawn in zip(found.documents, drawn, strict=True):
-            yield "validation" if is_drawn else split, document
+def _placed(surveyed: SurveyedTexts) -> Iterator[tuple[str, Tokenised]]:
+    """Every document that has rows with its split: the sources' own, then what was written."""
+    for source, found in surveyed.found.items():
+        for document, split in zip(found.documents, surveyed.own_splits_of(source), strict=True):
+            if split != NOWHERE:
+                yield PLACES[split], document
+    for split, found in surveyed.written.items():
+        for document in found.documents:
+            yield split, document
 
 
 def texts_report(facts: dict[str, Any]) -> list[str]:
     """What is worth knowing about the data, a line each."""
     counts = facts["counts"]
-    lines = [", ".join(f"{counts[split]['documents']:,} {split}" for split in SPLITS) + " documents"]
+    lines = [", ".join(f"{found['documents']:,} {split}" for split, found in counts.items()) + " documents"]
     lines.append(
-        "tokens: " + ", ".join(f"{counts[s]['tokens']:,} {s} in {counts[s]['rows']:,} rows" for s in SPLITS)
-        + f"; {sum(counts[s]['learnt'] for s in SPLITS):,} are learnt from"
+        "tokens: " + ", ".join(f"{found['tokens']:,} {s} in {found['rows']:,} rows" for s, found in counts.items())
+        + f"; {sum(found['learnt'] for found in counts.values()):,} are learnt from"
     )  # fmt: skip
-    if long := sum(counts[split]["long"] for split in SPLITS):
+    lines += _written_report(facts)
+    if long := sum(found["long"] for found in counts.values()):
         what = "split into several rows" if facts["splits_long"] else "cut"
         lines.append(f"{long:,} documents are longer than data.max_length and {what}")
     for split, dropped in facts["dropped"].items():
@@ -173,6 +143,22 @@ def texts_report(facts: dict[str, Any]) -> list[str]:
         "train_rows_repeating_another": "train documents repeat another one",
         "validation_rows_also_in_train": "validation documents are in train too",
         "test_rows_also_in_train": "test documents are in train too: the test is easier than it looks",
+        "unlabelled_rows_repeating_another": "documents that a model wrote repeat another one or stand in train",
     }
     repeated = facts["repeated"]
     return lines + [f"note: {repeated[key]:,} {text}" for key, text in names.items() if repeated.get(key)]
+
+
+def _written_report(facts: dict[str, Any]) -> list[str]:
+    """What a model wrote, a line each."""
+    lines: list[str] = []
+    if asked := facts.get("asked"):
+        split_words = ", ".join(f"{count:,} for {split}" for split, count in asked.items())
+        lines.append(f"the teacher answered {sum(asked.values()):,} prompts: {split_words}")
+    if test := (asked or {}).get("test"):
+        lines.append(f"note: the teacher wrote {test:,} test responses, which flatters it and whoever is like it")
+    if out := facts.get("out_of_domain"):
+        lines.append(f"{out['asked']:,} of those are of data.unlabelled's {out['there']:,}")
+    if answered := facts.get("answered"):
+        lines.append(f"{answered:,} responses of data.answered are for the student alone")
+    return lines

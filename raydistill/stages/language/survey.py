@@ -5,78 +5,41 @@ Of a document memory holds a few numbers; its tokens wait in the system's tempor
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from raydistill.config.run import Config
-from raydistill.data.documents import Rules, Tokenised, TokenSpool, read_documents, tokenise_documents
+from raydistill.data.documents import Asks, read_documents
 from raydistill.data.sources import Dropped, Fields, Source, find_sources, kind_of
 from raydistill.data.splits import ValidationDraw
+from raydistill.data.token_rows import Rules, tokenise_documents
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
 from raydistill.models.folders import find_model
+from raydistill.stages.language.surveyed import WRITTEN, Bools, Survey, SurveyedTexts
 from raydistill.stages.progress import Progress
 
-SPLITS = ("train", "validation", "test")
-COUNTS = ("documents", "rows", "tokens", "learnt", "long")
 
-
-@dataclass
-class Survey:
-    """The pass over a source: every usable document and its numbers, and the dropped ones by reason."""
-
-    documents: TokenSpool = field(default_factory=TokenSpool)
-    rows: array[int] = field(default_factory=lambda: array("l"))
-    tokens: array[int] = field(default_factory=lambda: array("l"))
-    learnt: array[int] = field(default_factory=lambda: array("l"))
-    long: array[int] = field(default_factory=lambda: array("l"))
-    dropped: Counter[str] = field(default_factory=Counter)
-    first_dropped: str = ""
-
-    def add(self, found: Tokenised) -> None:
-        self.documents.add(found)
-        self.rows.append(len(found.rows))
-        self.tokens.append(sum(len(row.tokens_L) for row in found.rows))
-        self.learnt.append(sum(row.learnt for row in found.rows))
-        self.long.append(found.is_long)
-
-    def counts(self, chosen: np.ndarray) -> dict[str, int]:
-        """COUNTS of the chosen documents."""
-        of = {name: int(np.array(getattr(self, name), np.int64)[chosen].sum()) for name in COUNTS[1:]}
-        return {"documents": int(chosen.sum()), **of}
-
-
-@dataclass(frozen=True)
-class SurveyedTexts:
-    """The sources after the pass over them."""
-
-    sources: dict[str, Source]
-    found: dict[str, Survey]
-    counts: dict[str, dict[str, int]]  # of every split, COUNTS
-    vocabulary: int
-
-    @property
-    def rows(self) -> dict[str, int]:
-        return {split: counts["rows"] for split, counts in self.counts.items()}
-
-    @property
-    def labels(self) -> list[str]:
-        """None: what a language model predicts are tokens."""
-        return []
-
-
-def fields_of(config: Config) -> Fields:
-    """The columns that documents are read from."""
+def fields_of(config: Config, source: str = "train") -> Fields:
+    """The columns that the documents of a source are read from."""
     data = config.data
     if data.messages is not None:
         return Fields((("data.messages", data.messages),), 0, data.delimiter, data.max_row_bytes)
-    if data.prompt is not None and data.response is not None:
-        columns = (("data.prompt", data.prompt), ("data.response", data.response))
-        return Fields(columns, 2, data.delimiter, data.max_row_bytes)
-    return Fields((("data.text", data.text),), 1, data.delimiter, data.max_row_bytes, data.txt_documents)
+    if data.prompt is None:
+        return Fields((("data.text", data.text),), 1, data.delimiter, data.max_row_bytes, data.txt_documents)
+    columns = (("data.prompt", data.prompt), ("data.response", data.response))[: 1 if source == WRITTEN else 2]
+    named = tuple((setting, name) for setting, name in columns if name is not None)
+    optional = (data.response,) if data.response is not None and asks_of(config, source) != "never" else ()
+    return Fields(named, len(named), data.delimiter, data.max_row_bytes, optional=optional)
+
+
+def asks_of(config: Config, source: str) -> Asks:
+    """Which prompts of a source the teacher answers."""
+    synthesis = config.data.synthesis
+    if synthesis is None or source == "answered" or (source == "test" and not synthesis.test):
+        return "never"
+    return "only" if source == WRITTEN else synthesis.rows if source == "train" else "missing"
 
 
 def rules_of(config: Config) -> Rules:
@@ -94,22 +57,16 @@ def rules_of(config: Config) -> Rules:
 
 def survey_texts(config: Config, progress: Progress) -> SurveyedTexts:
     """Reads and tokenises every document; everything about the sources that can be wrong is found here."""
-    rules, fields = rules_of(config), fields_of(config)
-    sources = {split: find_split(config, split) for split in own_splits(config)}
+    rules = rules_of(config)
+    sources = {name: find_split(config, name) for name in own_splits(config)}
     _check_blocks(config, sources)
-    found = {
-        split: _survey(source, fields, rules, config.data.max_dropped, progress) for split, source in sources.items()
-    }
-    counts = {split: survey.counts(np.ones(len(survey.rows), bool)) for split, survey in found.items()}
+    found = {name: _survey(config, name, source, rules, progress) for name, source in sources.items()}
+    drawn = np.zeros(len(found["train"]), bool)
     if "validation" not in sources:
         drawn = drawn_documents(config, found["train"])
-        if not drawn.any():
-            raise UserError(
-                f"data.validation: a share of {config.data.validation} of {len(drawn)} documents draws none."
-                " Raise it, or give a validation file"
-            )
-        counts |= {"train": found["train"].counts(~drawn), "validation": found["train"].counts(drawn)}
-    return SurveyedTexts(sources, found, {split: counts[split] for split in SPLITS}, len(rules.tokenizer))
+    surveyed = SurveyedTexts(sources, found, drawn, taken_prompts(config, found, drawn), len(rules.tokenizer))
+    _check_what_is_learnt(config, surveyed)
+    return surveyed
 
 
 def _check_blocks(config: Config, sources: dict[str, Source]) -> None:
@@ -119,41 +76,94 @@ def _check_blocks(config: Config, sources: dict[str, Source]) -> None:
         raise UserError(f"data.txt_documents: found block, and the data are {', '.join(sorted(kinds))}. Remove it")
 
 
-def _survey(source: Source, fields: Fields, rules: Rules, max_dropped: float, progress: Progress) -> Survey:
-    found = Survey()
-    for one in tokenise_documents(read_documents(source, fields), rules):
+def _check_what_is_learnt(config: Config, surveyed: SurveyedTexts) -> None:
+    """Raises UserError where the student, or its control, would have nothing to learn."""
+    own, asked = surveyed.own_counts, surveyed.asked
+    if config.data.synthesis is not None and not asked:
+        raise UserError(
+            "data.synthesis: every prompt has its response, so that nothing is written. Remove it, or set"
+            " data.synthesis.rows=all"
+        )
+    written = WRITTEN in own or WRITTEN in asked
+    if config.teacher.keeps_no_logits and not written:
+        raise UserError(
+            "teacher.next_tokens.codec: none learns from what the teacher wrote, and of train it writes nothing. Set"
+            " data.synthesis.rows=all, or choose another codec"
+        )
+    if config.evaluate.control and not own["train"]["documents"]:
+        raise UserError(
+            "evaluate.control: the control learns without the teacher, and every response of train is the teacher's."
+            " Set evaluate.control=false, or give responses"
+        )
+
+
+def _survey(config: Config, name: str, source: Source, rules: Rules, progress: Progress) -> Survey:
+    found, documents = Survey(), read_documents(source, fields_of(config, name), asks_of(config, name))
+    for one in tokenise_documents(documents, rules):
         if isinstance(one, Dropped):
-            found.dropped[one.reason] += 1
-            found.first_dropped = found.first_dropped or f"{source.files[one.file]}: row {one.number}: {one.reason}"
+            found.drop(one.reason, f"{source.files[one.file]}: row {one.number}")
         else:
             found.add(one)
-        if (len(found.rows) + found.dropped.total()) % 4096 == 0:
+        if (len(found) + found.dropped.total()) % 4096 == 0:
             progress.check()
     found.documents.close()
-    dropped, used = found.dropped.total(), len(found.rows)
-    if not used:
-        reason = f"; {found.first_dropped}" if dropped else ""
-        raise UserError(f"{source.setting}: {source.files[0]}: has no usable rows ({dropped} dropped{reason})")
-    if dropped > max_dropped * (dropped + used):
-        raise UserError(
-            f"{source.setting}: {found.first_dropped}; {dropped} of {dropped + used} rows cannot be used."
-            " Mend the file, or raise data.max_dropped"
-        )
+    check_dropped(found, source.setting, source.files[0], config.data.max_dropped)
     return found
 
 
-def drawn_documents(config: Config, train: Survey) -> np.ndarray:
+def check_dropped(found: Survey, setting: str, file: str, max_dropped: float) -> None:
+    """Raises UserError when none of the documents can be used, or too many cannot."""
+    dropped, used = found.dropped.total(), len(found)
+    if not used:
+        reason = f"; {found.first_dropped}" if dropped else ""
+        raise UserError(f"{setting}: {file}: has no usable rows ({dropped} dropped{reason})")
+    if dropped > max_dropped * (dropped + used):
+        raise UserError(
+            f"{setting}: {found.first_dropped}; {dropped} of {dropped + used} rows cannot be used."
+            " Mend the file, or raise data.max_dropped"
+        )
+
+
+def drawn_documents(config: Config, train: Survey) -> Bools:
     """Which of train's usable documents are for validation: whole documents, so that none is in both."""
-    share, documents = config.data.validation, len(train.rows)
+    share = config.data.validation
     assert not isinstance(share, str)
-    draw = ValidationDraw(Counter({"": documents}), share, config.data.split_seed)
-    return np.array([draw.takes("") for _ in range(documents)])
+    drawn = _drawn(len(train), share, config.data.split_seed, "")
+    if not drawn.any():
+        raise UserError(
+            f"data.validation: a share of {share} of {len(drawn)} documents draws none. Raise it, or give a validation"
+            " file"
+        )
+    return drawn
+
+
+def taken_prompts(config: Config, found: dict[str, Survey], drawn: Bools) -> Bools:
+    """Which of data.unlabelled's prompts are asked: all, or by seed so many that they are the share that is set."""
+    there, share = len(found.get(WRITTEN, ())), config.data.unlabelled_share
+    if share is None or not there:
+        return np.ones(there, bool)
+    others = len(found["train"]) - int(drawn.sum()) + len(found.get("answered", ()))
+    wanted = round(others * share / (1 - share))
+    if wanted > there:
+        raise UserError(
+            f"data.unlabelled_share: a share of {share} beside {others} documents is {wanted} prompts, and"
+            f" data.unlabelled has {there}. Lower it, or give more"
+        )
+    return _drawn(there, wanted / there, config.data.split_seed, WRITTEN)
+
+
+def _drawn(documents: int, share: float, seed: int, what: str) -> Bools:
+    draw = ValidationDraw(Counter({what: documents}), share, seed)
+    return np.array([draw.takes(what) for _ in range(documents)], bool)
 
 
 def own_splits(config: Config) -> list[str]:
-    """The splits that have sources of their own."""
-    return ["train", "test", *(["validation"] if isinstance(config.data.validation, str) else [])]
+    """The sources that the config names, most by the split that they make."""
+    data = config.data
+    more = {"validation": isinstance(data.validation, str), WRITTEN: bool(data.unlabelled), "answered": data.answered}
+    return ["train", "test", *(name for name, is_there in more.items() if is_there)]
 
 
-def find_split(config: Config, split: str) -> Source:
-    return find_sources(f"data.{split}", (getattr(config.data, split),))
+def find_split(config: Config, name: str) -> Source:
+    places = getattr(config.data, name)
+    return find_sources(f"data.{name}", places if isinstance(places, tuple) else (places,))

@@ -26,7 +26,7 @@ from raydistill.stages.scoring import score
 from raydistill.stages.teach import teacher_dtype, train_teachers
 from raydistill.stages.teachers import teacher_source
 
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "unlabelled")  # one that the data do not have adds nothing
 FOLDER = "teacher/cache"
 
 
@@ -41,6 +41,8 @@ def teach_next_tokens(config: Config, run: Run, resources: Resources, progress: 
     if (manifest := run.begin("cache", plan)) is not None:
         progress.say(f"teach: complete, {manifest.facts['positions']:,} positions cached")
         return manifest
+    if config.teacher.keeps_no_logits:
+        return _commit_nothing(run, data, plan, progress)
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
     job = _job(config, run, data, plan)
     (scored,) = score([job], data, {FOLDER: SPLITS}, share, progress, "teach")
@@ -68,8 +70,8 @@ def _commit(
     progress: Progress,
 ) -> Manifest:  # fmt: skip
     settings = next_tokens(config)
-    positions = sum(data.facts["counts"][split]["learnt"] for split in SPLITS)
-    rows, total = sum(data.facts["rows"][split] for split in SPLITS), sum(entry.size for entry in entries)
+    positions = sum(found["learnt"] for split, found in data.facts["counts"].items() if split in SPLITS)
+    rows, total = sum(n for split, n in data.facts["rows"].items() if split in SPLITS), sum(e.size for e in entries)
     source = teacher_source(config, run)
     facts = {
         "codec": settings.codec,
@@ -90,6 +92,18 @@ def _commit(
         f"teach: {positions:,} positions of {rows:,} rows cached by codec {settings.codec}, one forward for each row,"
         f" {facts['bytes_per_position']:.1f} bytes a position, {size(total)}{speed}"
     )
+    return manifest
+
+
+def _commit_nothing(run: Run, data: Manifest, plan: Plan, progress: Progress) -> Manifest:
+    """The cache of a student that learns from what its teacher wrote, and from no logits."""
+    written = data.facts["counts"]["unlabelled"]
+    facts = {
+        "codec": "none", "promise": "no logits", "vocabulary": data.facts["vocabulary"], "positions": 0, "rows": 0,
+        "forwards": 0, "bytes_per_position": 0.0,
+    }  # fmt: skip
+    manifest = commit_manifest(run.store, FOLDER, plan.fingerprint, [], facts)
+    progress.say(f"teach: no logits are kept; the student learns from {written['documents']:,} prompts' answers alone")
     return manifest
 
 
