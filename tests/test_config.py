@@ -519,7 +519,7 @@ def test_any_value_of_a_setting_is_taken_or_refused_in_one_line(
 
 SPEED = {
     "accumulation", "gradient_checkpointing", "checkpoint_every", "log_every", "workers", "cpus_per_worker",
-    "max_failures", "deepspeed", "actors", "cpus_per_actor", "tokens_per_batch", "cluster",
+    "max_failures", "deepspeed", "actors", "cpus_per_actor", "tokens_per_batch", "cluster", "seeds",
 }  # fmt: skip
 
 
