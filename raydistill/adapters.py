@@ -1,8 +1,9 @@
 """LoRA adapters on a student, by the peft library: what they go on, what trains beside them, and their folder.
 
 A linear layer's weight W stays as it is and W + (alpha / rank) B A takes its place, with A and B trained (LoRA, Hu et
-al. 2021, arXiv:2106.09685, section 4.1). The head is new to the student's task and is trained as a whole. What does
-not train has no optimiser state, and no checkpoint holds it: it comes from where the student's first weights come from.
+al. 2021, arXiv:2106.09685, section 4.1). A classifier's head is new to its task and is trained as a whole; a language
+model's, its output layer, comes with its weights and stays frozen like they do. What does not train has no optimiser
+state, and no checkpoint holds it: it comes from where the student's first weights come from.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def check_peft() -> None:
 
 
 def linear_layers(model: Any) -> list[str]:
-    """The linear layers inside a classifier's encoder: all but those of its head."""
+    """The linear layers of a model's layers: all but those of its head."""
     head = head_modules(model)
     return [
         name
@@ -46,10 +47,15 @@ def linear_layers(model: Any) -> list[str]:
 
 
 def head_modules(model: Any) -> list[str]:
-    """What makes classes of the encoder's hidden states: all that stands beside the encoder, and its pooler."""
+    """What makes logits of the hidden states: all that stands beside the encoder or decoder, and its pooler."""
     encoder = model.base_model_prefix
     beside = [name for name, module in model.named_children() if name != encoder and _has_weights(module)]
     return beside + ([f"{encoder}.pooler"] if getattr(model.base_model, "pooler", None) is not None else [])
+
+
+def is_language_model(model: Any) -> bool:
+    """Whether a model of transformers has an output layer over its vocabulary."""
+    return model.get_output_embeddings() is not None
 
 
 def _has_weights(module: torch.nn.Module) -> bool:
@@ -57,7 +63,7 @@ def _has_weights(module: torch.nn.Module) -> bool:
 
 
 def target_layers(model: Any, targets: str | Collection[str]) -> list[str]:
-    """The linear layers that adapters go on. Raises UserError for a name that no linear layer of the encoder has.
+    """The linear layers that adapters go on. Raises UserError for a name that none below the head has.
 
     A name is that of a layer or the end of it: "query" and "attention.self.query" are each layer's query.
     """
@@ -69,7 +75,7 @@ def target_layers(model: Any, targets: str | Collection[str]) -> list[str]:
         matches = {name for name in known if f".{name}".endswith(f".{target}")}
         if not matches:
             raise UserError(
-                f"student.lora.targets: {target!r} is no linear layer of the student's encoder. Use all-linear, or"
+                f"student.lora.targets: {target!r} is no linear layer of the student below its head. Use all-linear, or"
                 f" names such as {', '.join(_examples(known, target))}"
             )
         found |= matches
@@ -84,14 +90,14 @@ def _examples(known: list[str], target: str) -> list[str]:
 
 
 def trained_modules(model: Any, also_train: Collection[str]) -> list[str]:
-    """The modules that train as a whole: the head and, where asked for, the encoder's norms and embeddings."""
+    """The modules that train as a whole: a classifier's head and, where asked for, norms and embeddings below it."""
     head = head_modules(model)
     outside = {
         name: module
         for name, module in model.named_modules()
         if not any(f"{name}.".startswith(f"{part}.") for part in head)
     }
-    found = list(head)
+    found = [] if is_language_model(model) else list(head)
     if "norms" in also_train:
         found += [name for name, module in outside.items() if "norm" in type(module).__name__.lower()]
     if "embeddings" in also_train:
@@ -105,21 +111,30 @@ def add_adapters(model: Any, settings: Any, *, seed: int) -> Any:
     The layers are put into the model itself, which `get_base_model()` gives back. A is random by the seed and B is 0,
     so that the model computes at first what it did without adapters. Raises UserError for a target that is not there.
     """
-    from peft import LoraConfig, PeftModelForSequenceClassification, TaskType
+    from peft import LoraConfig, TaskType
 
     torch.manual_seed(seed)
     targets = target_layers(model, settings.targets)
     config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-        target_modules=targets, modules_to_save=trained_modules(model, settings.also_train),
+        task_type=TaskType.CAUSAL_LM if is_language_model(model) else TaskType.SEQ_CLS, r=settings.rank,
+        lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets,
+        modules_to_save=trained_modules(model, settings.also_train) or None,
         fan_in_fan_out=type(model.get_submodule(targets[0])).__name__ == "Conv1D",
     )  # fmt: skip
-    return PeftModelForSequenceClassification(model, config)
+    return _peft_class(model)(model, config)
+
+
+def _peft_class(model: Any) -> Any:
+    """peft's class for models of this kind."""
+    from peft import PeftModelForCausalLM, PeftModelForSequenceClassification
+
+    return PeftModelForCausalLM if is_language_model(model) else PeftModelForSequenceClassification
 
 
 def frozen_parameters(model: torch.nn.Module) -> frozenset[str]:
-    """The names of what an adapted model's checkpoints leave out."""
-    return frozenset(name for name, parameter in model.named_parameters() if not parameter.requires_grad)
+    """The names of what an adapted model's checkpoints leave out, all names of what has several."""
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if not parameter.requires_grad)
 
 
 def load_trained(model: torch.nn.Module, weights: dict[str, torch.Tensor], frozen: Collection[str]) -> None:
@@ -162,7 +177,8 @@ def save_adapter(adapted: Any, folder: Path, *, base: str) -> None:
     save_file({name: value.contiguous() for name, value in weights.items()}, str(folder / ADAPTER_WEIGHTS))
     facts = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
     facts |= {
-        "inference_mode": True, "base_model_name_or_path": base, "modules_to_save": sorted(set(config.modules_to_save)),
+        "inference_mode": True, "base_model_name_or_path": base,
+        "modules_to_save": sorted(set(config.modules_to_save or ())) or None,
     }  # fmt: skip
     (folder / ADAPTER_CONFIG).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
 
@@ -174,11 +190,7 @@ def is_adapter(folder: Path) -> bool:
 
 def with_saved_adapter(base: Any, folder: Path) -> Any:
     """The model with the adapter in a folder, not merged, as it would be served."""
-    from peft import PeftModelForSequenceClassification
-
-    loaded = PeftModelForSequenceClassification.from_pretrained(
-        base, str(folder), autocast_adapter_dtype=False, torch_device="cpu"
-    )
+    loaded = _peft_class(base).from_pretrained(base, str(folder), autocast_adapter_dtype=False, torch_device="cpu")
     return without_spares(loaded.get_base_model())
 
 

@@ -121,6 +121,7 @@ class _Head(torch.nn.Module):
         self.weight = linear.weight
         self.register_parameter("bias", getattr(linear, "bias", None))
         self._vocabulary, self._scale = vocabulary, head_scale(model.config)
+        self._softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def forward(
         self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, teacher: Teacher | None, objective: TokenObjective | None
@@ -134,8 +135,11 @@ class _Head(torch.nn.Module):
         chunk = chunk_of(self._vocabulary)
         with torch.autocast(device, enabled=False):
             if objective is None:
-                return self._measures(OutputHead(weight_VD, bias_V), hidden_ND, labels_N, teacher, chunk)
-            loss = token_loss(objective, hidden_ND, weight_VD, labels_N, teacher, bias_V=bias_V, chunk=chunk)
+                head = OutputHead(weight_VD, bias_V, softcap=self._softcap)
+                return self._measures(head, hidden_ND, labels_N, teacher, chunk)
+            loss = token_loss(
+                objective, hidden_ND, weight_VD, labels_N, teacher, bias_V=bias_V, softcap=self._softcap, chunk=chunk
+            )
         return loss.sum, *(loss.parts[name] for name in objective.part_names)
 
     @staticmethod

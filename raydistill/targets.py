@@ -95,6 +95,10 @@ class OutputHead:
     scale: float = 1.0
     softcap: float | None = None
 
+    def to(self, device: torch.device) -> OutputHead:
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias_V)
+
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """(N, V) float32. The product is taken in the weight's dtype, but float16's in float32, which it may leave."""
         wide = torch.float32 if self.weight_VD.dtype == torch.float16 else self.weight_VD.dtype

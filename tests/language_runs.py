@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from raydistill.data.token_shards import read_token_shard
 from raydistill.demo_language import new_tokenizer
+from raydistill.record.commit import read_manifest
+from raydistill.record.store import LocalStore
 from raydistill.stories import stories
 
 SIZES = {
@@ -50,6 +53,21 @@ def write_model(folder: Path, made: Any, **changes: Any) -> Path:
     tiny_language_model(vocabulary=len(made), **changes).save_pretrained(folder)
     made.save_pretrained(folder)
     return folder
+
+
+def mean_nll(folder: Path, model: Any, split: str) -> tuple[float, int]:
+    """Of every token of a split of texts, given those before it in its row, one row at a time; and how many."""
+    store, total, count = LocalStore(str(folder)), 0.0, 0
+    data = read_manifest(store, "data")
+    assert data is not None
+    for entry in data.shards(split):
+        shard = read_token_shard(store, entry)
+        for number in range(len(shard)):
+            ids = torch.from_numpy(shard.row(number)).long()[None]
+            with torch.no_grad():
+                total += model.eval()(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    return total / count, count
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

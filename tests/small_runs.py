@@ -93,17 +93,19 @@ class SmallRuns:
             assert answer["error"] is None, answer["error"]
         return folder
 
-    def killed_training(self, changes: dict[str, Any]) -> tuple[Path, Path]:
-        """The folders of a training and of the same one that was killed while it wrote step 6 and went on from 4."""
+    def killed_training(self, changes: dict[str, Any], *, killed: int = 6, goes_on: int = 4) -> tuple[Path, Path]:
+        """The folders of a training and of the same one that was killed while it wrote a step's checkpoint, and went
+        on from the checkpoint before.
+        """
         whole, answer = self.trained(changes)
         assert answer["error"] is None, answer["error"]
         operations = answer["operations"]
-        number = len(operations) - operations[::-1].index("rename step-00000006")
-        folder, killed = self.trained(changes, fault=f"{number}:kill")
-        assert killed == {"exit": -9}
+        number = len(operations) - operations[::-1].index(f"rename step-{killed:08d}")
+        folder, answer = self.trained(changes, fault=f"{number}:kill")
+        assert answer == {"exit": -9}
         again = self.run(folder, "train", changes=changes)
         assert again["error"] is None, again["error"]
-        assert next(post["going_on_from"] for post in again["posts"] if "going_on_from" in post) == 4
+        assert next(post["going_on_from"] for post in again["posts"] if "going_on_from" in post) == goes_on
         return whole, folder
 
     def fused(

@@ -330,7 +330,10 @@ def test_feature_losses_train_adapters_and_leave_no_trace_in_the_student(runs):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"targets": ["qury"]}, "student.lora.targets: 'qury' is no linear layer of the student's encoder. Use all-"),
+        (
+            {"targets": ["qury"]},
+            "student.lora.targets: 'qury' is no linear layer of the student below its head. Use all-",
+        ),
         ({"targets": "query"}, "student.lora.targets: found 'query' (text); targets is all-linear or a list of names"),
         ({"targets": []}, "student.lora.targets: found [] (list); a list of targets holds names of layers, at least"),
         ({"rank": 0}, "student.lora.rank: found 0 (number); it should be greater than or equal to 1"),

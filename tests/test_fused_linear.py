@@ -128,6 +128,30 @@ def test_sparse_losses_are_their_definition(codec: str, kind: str, value: float)
     assert (gradients[0][~TAKING] == 0).all()
 
 
+@pytest.mark.parametrize("codec", ["sampled", "topk", "dense"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_capped_logits_have_their_loss_and_gradient(codec: str, smoothing: float):
+    *inputs, teacher = made()
+    targets = teacher if codec == "dense" else targets_of(codec, teacher)
+    objective, cap = TokenObjective(alpha=0.7, label_smoothing=smoothing), 1.5
+    hidden, head, bias = (t.clone().requires_grad_() for t in inputs)
+    capped = cap * torch.tanh((hidden @ head.T + bias)[TAKING] / cap)
+    assert (capped.abs() > 0.9 * cap).any()
+    kept = targets.select(TAKING) if isinstance(targets, SparseTargets) else targets[TAKING]
+    response = expected_response("forward_kl", 0.0, kept, capped)
+    aims = (1 - smoothing) * torch.nn.functional.one_hot(LABELS[TAKING], V) + smoothing / V
+    wanted = 0.7 * response - 0.3 * (aims * capped.log_softmax(dim=1)).sum()
+    wanted_gradients = torch.autograd.grad(wanted, (hidden, head, bias))
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    loss = token_loss(
+        objective, leaves[0], leaves[1], LABELS, targets, mask_N=MASK, bias_V=leaves[2], softcap=cap, chunk=4
+    )
+    loss.sum.backward()
+    torch.testing.assert_close(loss.sum, wanted, rtol=2e-6, atol=2e-6)
+    for leaf, wanted_gradient in zip(leaves, wanted_gradients, strict=True):
+        torch.testing.assert_close(leaf.grad, wanted_gradient, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("codec", ["sampled", "topk", "hidden", "dense"])
 @pytest.mark.parametrize(("kind", "value"), [*CASES, ("reverse_kl", 0.0)])
 def test_with_the_whole_vocabulary_every_codec_is_the_dense_loss(codec: str, kind: str, value: float):

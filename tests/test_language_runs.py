@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from language_runs import texts, tiny_language_model, tokenizer, write_jsonl
+from language_runs import mean_nll, texts, tiny_language_model, tokenizer, write_jsonl, write_model
 from run_files import equal, facts, points, student_weights
 from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from raydistill.data.tokens import load_tokenizer
 from raydistill.models.folders import tokenizer_identity
-from raydistill.record.commit import read_manifest
 from raydistill.record.fingerprint import digest
-from raydistill.record.store import LocalStore, sha256_file
+from raydistill.record.store import sha256_file
 
 CODECS = {
     "random": {"codec": "random", "kept": 20}, "topk": {"codec": "topk", "kept": 20}, "hidden": {"codec": "hidden"},
@@ -142,25 +142,12 @@ def reported(language_runs) -> Path:
 
 
 def test_the_report_has_the_perplexity_that_transformers_finds(reported: Path):
-    from transformers import AutoModelForCausalLM
-
-    from raydistill.data.token_shards import read_token_shard
-
-    store = LocalStore(str(reported))
-    data, report = read_manifest(store, "data"), json.loads((reported / "report/report.json").read_text())
-    assert data is not None
+    report = json.loads((reported / "report/report.json").read_text())
     folders = {"teacher": "teacher/model", "student": "student", "control": "control/model"}
     for name, folder in folders.items():
-        model, total, count = AutoModelForCausalLM.from_pretrained(reported / folder).eval(), 0.0, 0
-        for entry in data.shards("test"):
-            shard = read_token_shard(store, entry)
-            for number in range(len(shard)):
-                ids = torch.from_numpy(shard.row(number)).long()[None]
-                with torch.no_grad():
-                    total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-                count += ids.shape[1] - 1
+        nll, count = mean_nll(reported, AutoModelForCausalLM.from_pretrained(reported / folder), "test")
         assert count == report["test_positions"]
-        assert report[name]["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+        assert report[name]["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
     teacher, student, control = (report[name]["perplexity"] for name in folders)
     assert report["retention"] == pytest.approx(teacher / student)
     assert report["gain_over_control"] == pytest.approx(control - student)
@@ -276,7 +263,7 @@ MESSAGES = [
     ({"train.loss.kind": "dist"}, "train.loss: dist is no loss of single positions"),
     ({"data.label": "topic"}, "data.label is not known with task: causal_lm; remove it"),
     ({"teacher.calibrate": True}, "teacher.calibrate is not known with task: causal_lm; remove it"),
-    ({"student.lora": {}}, "student.lora is not known with task: causal_lm; remove it"),
+    ({"student.trim_vocabulary": True}, "student.trim_vocabulary is not known with task: causal_lm; remove it"),
     ({"train.metric": "macro_f1"}, "train.metric: macro_f1 is of classes; with task: causal_lm use nll, accuracy, kl"),
     ({"data.prompt": "text"}, "data.prompt and data.response name two columns of the same rows; give both, or neither"),
     ({"data.messages": "chat", "data.text": "words"}, "data.text means nothing with data.messages; remove it"),
@@ -329,3 +316,18 @@ def test_a_student_of_the_teachers_layers(language_runs):
     config = json.loads((folder / "student/config.json").read_text())
     assert config["num_hidden_layers"] == 1
     assert points(folder, "validation")[-1]["kl"] < 1
+
+
+def test_a_student_that_caps_its_logits(language_runs, tmp_path: Path):
+    # Gemma 2: what the loss computes from hidden states is what transformers does.
+    student = write_model(
+        tmp_path / "student",
+        load_tokenizer(language_runs.input / "teacher", "teacher", pads=False),
+        architecture="gemma2",
+        final_logit_softcapping=2.0,
+    )
+    folder, answer = language_runs.trained({"student": {"init": "pretrained", "model": str(student)}})
+    assert answer["error"] is None
+    nll, _ = mean_nll(folder, AutoModelForCausalLM.from_pretrained(folder / "student"), "validation")
+    chosen = next(point for point in points(folder, "validation") if point["step"] == facts(folder)["step"])
+    assert nll == pytest.approx(chosen["nll"], rel=1e-4)

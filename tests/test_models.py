@@ -14,7 +14,7 @@ from raydistill.errors import UserError
 from raydistill.models.configuration import check_length, label_order, positions
 from raydistill.models.folders import find_model, model_identity
 from raydistill.models.loading import count_parameters, load_classifier, start_classifier
-from raydistill.models.saving import save_classifier
+from raydistill.models.saving import save_model
 from raydistill.students.build import build_student
 
 
@@ -37,7 +37,7 @@ def test_a_saved_student_is_a_hugging_face_model(tiny_classifier: Path, tmp_path
 
     settings = Student(layers=(1,))
     student, tokenizer = build_student(settings, teacher_folder=tiny_classifier, labels=LABELS, max_length=32, seed=0)
-    save_classifier(student, tokenizer, student.state_dict(), tmp_path / "student", max_length=12)
+    save_model(student, tokenizer, student.state_dict(), tmp_path / "student", max_length=12)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
     assert torch.equal(outputs(loaded), outputs(student))
     found = pipeline("text-classification", model=str(tmp_path / "student"))(ticket_texts[:8], truncation=True)
@@ -52,7 +52,7 @@ def test_a_saved_student_is_a_hugging_face_model(tiny_classifier: Path, tmp_path
 def test_weights_given_are_the_weights_saved(tiny_classifier: Path, tmp_path: Path):
     model = load_classifier("teacher.model", tiny_classifier)
     weights = {name: value + 1 for name, value in model.state_dict().items()}
-    save_classifier(model, load_tokenizer(tiny_classifier, "teacher.model"), weights, tmp_path / "saved", max_length=32)
+    save_model(model, load_tokenizer(tiny_classifier, "teacher.model"), weights, tmp_path / "saved", max_length=32)
     saved = load_classifier("student.model", tmp_path / "saved").state_dict()
     assert all(torch.equal(saved[name], value) for name, value in weights.items())
 

@@ -87,11 +87,16 @@ class NextTokenCache:
     head: OutputHead | None
 
     @classmethod
-    def open(cls, store: Store, folder: str, manifest: Manifest, data: Manifest) -> NextTokenCache:
-        """The cache of these data, in the same store. Raises UserError when a file is not what a manifest says."""
+    def open(
+        cls, store: Store, folder: str, manifest: Manifest, data: Manifest, *, data_store: Store | None = None
+    ) -> NextTokenCache:
+        """The cache of these data, which stand in the same store unless another is given.
+
+        Raises UserError when a file is not what a manifest says.
+        """
         facts, alphabet, head = manifest.facts, None, None
         if facts["codec"] not in WHOLE:
-            alphabet = Alphabet.read(store, "data", named(data, ALPHABET))
+            alphabet = Alphabet.read(data_store or store, "data", named(data, ALPHABET))
         if facts["codec"] == "hidden":
             head = read_head(
                 store, folder, named(manifest, HEAD), scale=facts["head_scale"], softcap=facts["head_softcap"]

@@ -61,9 +61,8 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "teacher.fine_tune": ("group_by_length",),
     "student": (
         "importance", "importance_rows", "trim_vocabulary", "vocabulary_min_count", "max_positions", "embedding_size",
-        "lora",
     ),
-    "train": ("group_by_length", "unfreeze", "stages"),
+    "train": ("group_by_length",),
     "train.loss": ("standardise", "hard_targets", "features", "features_from"),
     "evaluate": ("latency_rounds", "devices", "price_per_hour", "retention", "models", "sets", "quantise_teacher"),
 }  # fmt: skip
@@ -103,8 +102,12 @@ def with_defaults(tree: Any) -> Any:
         else:
             if place[-1] != "temperature" or section.get("kind") not in WITHOUT_TEMPERATURE:
                 section.setdefault(place[-1], value)
-    if _keeps_nothing(tree):
-        tree["train"]["loss"].setdefault("alpha", 0.0)
+    losses = _losses_of_stages(tree.get("train"))
+    for loss in losses:
+        if loss.get("kind") not in WITHOUT_TEMPERATURE:
+            loss.setdefault("temperature", DEFAULTS["train", "loss", "temperature"])
+    for loss in [tree["train"]["loss"], *losses] if _keeps_nothing(tree) else []:
+        loss.setdefault("alpha", 0.0)
     return tree
 
 
@@ -113,6 +116,13 @@ def _keeps_nothing(tree: dict[str, Any]) -> bool:
     kept = tree["teacher"].get("next_tokens") if isinstance(tree.get("teacher"), dict) else None
     loss = tree["train"].get("loss") if isinstance(tree["train"], dict) else None
     return isinstance(kept, dict) and kept.get("codec") == "none" and isinstance(loss, dict)
+
+
+def _losses_of_stages(train: Any) -> list[dict[str, Any]]:
+    """What stages give as their own loss; what is no section is left for its refusal."""
+    stages = train.get("stages") if isinstance(train, dict) else None
+    losses = [stage.get("loss") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    return [loss for loss in losses if isinstance(loss, dict)]
 
 
 def check_language(config: Any) -> None:
@@ -125,6 +135,12 @@ def check_language(config: Any) -> None:
     metrics = {"train.metric": config.train.metric}
     if config.teacher.fine_tune is not None:
         metrics["teacher.fine_tune.metric"] = config.teacher.fine_tune.metric
+    for number, stage in enumerate(config.train.stages or ()):
+        place = f"train.stages[{number}]"
+        metrics[f"{place}.metric"] = stage.metric or config.train.metric
+        name = _set_in(stage, OTHERS["train"]) or (stage.loss and _set_in(stage.loss, OTHERS["train.loss"], "loss."))
+        if name:
+            raise ValueError(f"{place}.{name} is not known with task: causal_lm; remove it")
     for name, metric in metrics.items():
         if metric not in METRICS:
             raise ValueError(f"{name}: {metric} is of classes; with task: causal_lm use {', '.join(METRICS)}")
@@ -145,12 +161,15 @@ def _first_set(config: Any, names: dict[str, tuple[str, ...]]) -> str | None:
         found: Any = config
         for part in section.split("."):
             found = None if found is None else getattr(found, part)
-        if found is None:
-            continue
-        for field in fields:
-            if getattr(found, field) != type(found).model_fields[field].default:
-                return f"{section}.{field}"
+        if found is not None and (name := _set_in(found, fields, f"{section}.")):
+            return name
     return None
+
+
+def _set_in(section: Any, fields: tuple[str, ...], place: str = "") -> str | None:
+    """The first of a section's fields that has not its default."""
+    changed = (f for f in fields if getattr(section, f) != type(section).model_fields[f].default)
+    return next((place + name for name in changed), None)
 
 
 def _check_columns(data: Any) -> None:
@@ -210,10 +229,11 @@ def _check_written(config: Any) -> None:
             "teacher.next_tokens.codec: none learns from what the teacher wrote, and there is nothing of it; set"
             " data.synthesis or data.answered"
         )
-    if config.train.loss.has_teacher:
+    if any(loss.has_teacher for loss in config.train.losses):
         raise ValueError("train.loss.alpha: teacher.next_tokens.codec: none keeps no logits to learn from; set it to 0")
-    if config.train.metric in ("kl", "agreement"):
-        raise ValueError(f"train.metric: {config.train.metric} needs logits, which codec: none does not keep; use nll")
+    for metric in (config.train.metric, *(stage.metric for stage in config.train.stages or ())):
+        if metric in ("kl", "agreement"):
+            raise ValueError(f"train.metric: {metric} needs logits, which codec: none does not keep; use nll")
 
 
 def _check_student(student: Any) -> None:

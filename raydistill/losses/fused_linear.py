@@ -102,15 +102,16 @@ class TokenLoss:
 def token_loss(
     objective: TokenObjective, hidden_ND: torch.Tensor, head_VD: torch.Tensor, labels_N: torch.Tensor,
     teacher: Teacher | None = None, *, mask_N: torch.Tensor | None = None, bias_V: torch.Tensor | None = None,
-    chunk: int = 128,
+    softcap: float | None = None, chunk: int = 128,
 ) -> TokenLoss:  # fmt: skip
     """The objective over the positions whose label is not -100 and whose mask is true; the others' hidden states,
     labels and targets are not looked at and get gradient 0.
 
-    labels_N holds the token that follows each position. Products are taken in the dtype of the hidden states, float16's
-    in float32, which extreme values leave; everything else and all sums in float32 (float64 for float64). The largest
-    tensor is chunk x V, apart from the head and its gradient. Raises ValueError where alpha needs a teacher and there
-    is none, and for one that does not determine the loss.
+    labels_N holds the token that follows each position. softcap c makes c tanh(z / c) of every logit z (Gemma 2,
+    arXiv:2408.00118, section 2), which costs one more tensor of a chunk's size. Products are taken in the dtype of the
+    hidden states, float16's in float32, which extreme values leave; everything else and all sums in float32 (float64
+    for float64). The largest tensor is chunk x V, apart from the head and its gradient. Raises ValueError where alpha
+    needs a teacher and there is none, and for one that does not determine the loss.
     """
     if objective.has_response:
         if teacher is None:
@@ -119,7 +120,7 @@ def token_loss(
     taking = labels_N != IGNORED_LABEL if mask_N is None else (labels_N != IGNORED_LABEL) & mask_N.bool()
     with_gradient = torch.is_grad_enabled()
     with torch.no_grad():
-        done = _Pass(objective, hidden_ND, head_VD, bias_V, with_gradient=with_gradient)
+        done = _Pass(objective, hidden_ND, head_VD, bias_V, softcap, with_gradient=with_gradient)
         for positions in taking.nonzero()[:, 0].split(chunk):
             done.add(positions, labels_N, teacher)
     total = done.parts["cross_entropy"] * (1 - objective.alpha)
@@ -135,9 +136,9 @@ class _Pass:
 
     def __init__(
         self, objective: TokenObjective, hidden_ND: torch.Tensor, head_VD: torch.Tensor, bias_V: torch.Tensor | None,
-        *, with_gradient: bool,
+        softcap: float | None, *, with_gradient: bool,
     ) -> None:  # fmt: skip
-        self.objective, self.hidden_ND, self.bias_V = objective, hidden_ND, bias_V
+        self.objective, self.hidden_ND, self.bias_V, self.softcap = objective, hidden_ND, bias_V, softcap
         self.wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
         self.product = self.wide if hidden_ND.dtype == torch.float16 else hidden_ND.dtype
         self.head_VD = head_VD.to(self.product)
@@ -155,6 +156,11 @@ class _Pass:
         logits_CV = (hidden_CD @ self.head_VD.T).to(self.wide)
         if self.bias_V is not None:
             logits_CV += self.bias_V.to(self.wide)
+        cap_CV = None
+        if self.softcap is not None:
+            logits_CV.div_(self.softcap).tanh_()
+            cap_CV = 1 - logits_CV.square()  # the slope of what is capped by what is not
+            logits_CV.mul_(self.softcap)
         slope_CV = None
         if self.objective.has_response and not isinstance(teacher, SparseTargets):
             slope_CV = self._whole(logits_CV, labels_C, positions, teacher)
@@ -165,7 +171,8 @@ class _Pass:
         else:
             gradient_CV = logits_CV.sub_(log_total_C1).exp_().mul_(1 - self.objective.alpha)
         if any(gradient is not None for gradient in self.gradients):
-            self._back(positions, hidden_CD, self._less_labels(gradient_CV, labels_C, slope_CV))
+            gradient_CV = self._less_labels(gradient_CV, labels_C, slope_CV)
+            self._back(positions, hidden_CD, gradient_CV if cap_CV is None else gradient_CV.mul_(cap_CV))
 
     def _cross_entropy(self, logits_CV: torch.Tensor, labels_C: torch.Tensor, log_total_C1: torch.Tensor) -> None:
         smoothing = self.objective.label_smoothing

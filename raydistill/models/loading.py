@@ -74,21 +74,27 @@ def start_classifier(setting: str, folder: Path, labels: list[str]) -> Any:
 
 
 def load_language_model(setting: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> Any:
-    """The causal language model in a folder, in eval mode. Raises UserError for one without its output layer."""
+    """The causal language model in a folder, in eval mode; an adapter on its base.
+
+    Raises UserError for one that does not load, or lacks its output layer.
+    """
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
+    base = base_folder(folder)
     model, told = _loaded(
         setting,
-        folder,
+        base,
         lambda: AutoModelForCausalLM.from_pretrained(
-            str(folder), use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=dtype,
+            str(base), use_safetensors=True, trust_remote_code=False, local_files_only=True, dtype=dtype,
             output_loading_info=True,
         ),
         LANGUAGE_MODEL,
     )  # fmt: skip
     if missing := sorted(map(str, [*told["missing_keys"], *told["mismatched_keys"]])):
-        raise UserError(f"{setting}: {folder}: lacks {missing[0]}. Give a causal language model with its output layer")
+        raise UserError(f"{setting}: {base}: lacks {missing[0]}. Give a causal language model with its output layer")
+    if is_adapter(folder):
+        model = _loaded(setting, folder, lambda: with_saved_adapter(model, folder), LANGUAGE_MODEL)
     return model.eval()
 
 

@@ -10,9 +10,7 @@ import torch
 from raydistill.models.loading import quiet_transformers
 
 
-def save_classifier(
-    model: Any, tokenizer: Any, weights: dict[str, torch.Tensor], folder: Path, *, max_length: int
-) -> None:
+def save_model(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor], folder: Path, *, max_length: int) -> None:
     """Writes a model in Hugging Face form: config, safetensors, and a tokenizer that can cut at max_length."""
     quiet_transformers()
     model.save_pretrained(str(folder), state_dict={name: value.contiguous() for name, value in weights.items()})
@@ -20,10 +18,9 @@ def save_classifier(
     share_weights(folder, like=folder / "config.json")
 
 
-def save_language_model(model: Any, tokenizer: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes a language model as `save_classifier` a classifier; its tokenizer may give it all that it can read."""
-    longest = getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
-    save_classifier(model, tokenizer, weights, folder, max_length=longest)
+def longest_input(model: Any, tokenizer: Any) -> int:
+    """All the tokens that a language model can read, which its tokenizer may give it."""
+    return getattr(model.config, "max_position_embeddings", None) or tokenizer.model_max_length
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, *, max_length: int) -> None:

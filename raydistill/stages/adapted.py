@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from raydistill.adapters import (
     add_adapters,
     check_peft,
     frozen_parameters,
+    is_language_model,
     load_trained,
     merged,
     save_adapter,
@@ -20,27 +22,28 @@ from raydistill.adapters import (
     whole,
     without_spares,
 )
-from raydistill.config.run import Config
 from raydistill.config.student import Lora, Student
 from raydistill.errors import UserError
 from raydistill.models.loading import quiet_transformers
-from raydistill.models.saving import save_classifier, save_tokenizer, share_weights
+from raydistill.models.saving import save_model, save_tokenizer, share_weights
 from raydistill.stages.cluster import Resources
 from raydistill.students.quantised import check_quantising, dequantised, quantised
-from raydistill.students.skeleton import student_skeleton
 
 
-def check_adapters(config: Config, teacher_folder: Path, labels: list[str]) -> None:
-    """Raises UserError for packages that `student.lora` needs and that are not there, and for a target that is not."""
-    lora = config.student.lora
-    assert lora is not None
+def check_adapters(settings: Lora, skeleton: Callable[[], Any]) -> None:
+    """Raises UserError for packages that `student.lora` needs and that are not there, and for what is not there of the
+    student, given without weights: a layer, or embeddings of their own.
+    """
     check_peft()
-    if lora.quantised:
+    if settings.quantised:
         check_quantising()
-    skeleton = student_skeleton(
-        config.student, teacher_folder=teacher_folder, labels=labels, max_length=config.data.max_length
-    )
-    target_layers(skeleton, lora.targets)
+    student = skeleton()
+    target_layers(student, settings.targets)
+    if "embeddings" in settings.also_train and is_language_model(student) and student.config.tie_word_embeddings:
+        raise UserError(
+            "student.lora.also_train: found embeddings, which are the student's output layer too: one of them would"
+            " train and not the other. Remove it"
+        )
 
 
 def check_quantising_device(student: Student, resources: Resources) -> None:
@@ -88,7 +91,7 @@ def save_adapted(
     load_trained(model, weights, frozen_parameters(model))
     if settings.merge:
         model = merged(adapted)
-        save_classifier(model, tokenizer, model.state_dict(), folder, max_length=max_length)
+        save_model(model, tokenizer, model.state_dict(), folder, max_length=max_length)
         return model
     save_adapter(adapted, folder, base=f"{place}/{BASE}")
     save_tokenizer(tokenizer, folder, max_length=max_length)

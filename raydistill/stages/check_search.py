@@ -17,7 +17,7 @@ from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources
 from raydistill.stages.feature_cache import needed_features
 from raydistill.stages.fusable import why_not_fused, why_not_together
-from raydistill.stages.preflight import check_features, check_models
+from raydistill.stages.preflight import check_features, check_models, skeleton_maker
 from raydistill.stages.search_cost import count_groups
 from raydistill.stages.trial import trial_config
 from raydistill.stages.trial_runs import share_for_trials
@@ -42,7 +42,7 @@ def check_search(config: Config, run: Run, labels: list[str]) -> None:
                 students.add(student)
                 check_models(made, run, labels)
             check_features(made, teacher)
-            check_unfreezing(made, teacher, labels)
+            check_unfreezing(made, skeleton_maker(made, teacher, labels))
             _check_trial(made, kept, teacher)
             if config.tune.fused is True:
                 _check_fused(trial_config(config, point, fused=True), teacher)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +19,11 @@ from raydistill.losses.courses import Course
 from raydistill.losses.fused_linear import TokenObjective
 from raydistill.losses.objective import Objective
 from raydistill.models.configuration import shape_of
+from raydistill.models.kinds import CLASSIFIER, ModelKind
 from raydistill.models.loading import load_classifier, start_classifier
 from raydistill.models.source import ModelSource
-from raydistill.record.commit import read_manifest
-from raydistill.record.store import open_store
+from raydistill.record.commit import Manifest, read_manifest
+from raydistill.record.store import Store, open_store
 from raydistill.stages.start import made_before, made_once, start_folders, train_rows
 from raydistill.students.build import build_student
 from raydistill.taught import FeatureTeacher, TaughtStudent
@@ -74,8 +75,7 @@ def build_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
     """
     labels, length = list(job.labels), job.config.data.max_length
     if job.begins_with is not None:
-        folder, setting = job.begins_with.folder(), job.begins_with.setting
-        return load_classifier(setting, folder), load_tokenizer(folder, setting)
+        return CLASSIFIER.load(job.begins_with.setting, job.begins_with.folder())
     folder = job.source.folder()
     if job.role == "teacher":
         torch.manual_seed(job.settings.seed)
@@ -85,15 +85,24 @@ def build_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
         build_student, job.config.student, teacher_folder=folder, labels=labels, max_length=length,
         seed=job.settings.seed,
     )  # fmt: skip
+    return first_student(job, build, train_rows, kind=CLASSIFIER, alone=alone)
+
+
+def first_student(
+    job: TrainingJob, build: Callable[..., tuple[Any, Any]], rows: Callable[[Store, Manifest], Any], *,
+    kind: ModelKind, alone: bool,
+) -> tuple[Any, Any]:  # fmt: skip
+    """A student as `build` makes it; made once for the whole training where it is made of rows of train."""
     if job.start is None:
         return build()
     store, data = open_store(job.run_url), open_store(job.data_url)
     if alone:
-        return made_before(store, start_folders(job.folder), job.start)
+        return made_before(store, start_folders(job.folder), job.start, kind=kind)
     manifest = read_manifest(data, "data")
     assert manifest is not None
-    make = functools.partial(build, rows=train_rows(data, manifest))
-    return made_once(store, start_folders(job.folder), job.start, make, max_length=length)
+    make = functools.partial(build, rows=rows(data, manifest))
+    length = job.config.data.max_length
+    return made_once(store, start_folders(job.folder), job.start, make, max_length=length, kind=kind)
 
 
 def with_features(

@@ -20,7 +20,7 @@ from raydistill.depths import parameter_depths
 from raydistill.losses.objective import Objective
 from raydistill.losses.term_gradients import gradient_squares
 from raydistill.models.configuration import set_task
-from raydistill.models.saving import save_classifier
+from raydistill.models.saving import save_model
 from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.job import TrainingJob, build_model, class_objective, open_split, with_features
 from raydistill.stages.meter import Meter
@@ -133,7 +133,7 @@ class ClassLesson:
                 base, self.tokenizer, weights, folder, self._lora, job.settings.seed, self._device, max_length=length,
                 place=place,
             )  # fmt: skip
-        save_classifier(model, self.tokenizer, weights, folder, max_length=length)
+        save_model(model, self.tokenizer, weights, folder, max_length=length)
         return model
 
     def close(self) -> None:

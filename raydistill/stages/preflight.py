@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,20 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         check_architecture(config.student.model_type, config.student.embedding_size)
     if config.student.trim_vocabulary:
         check_trimmable(tokenizer)
+    skeleton = skeleton_maker(config, folder, labels)
     if config.student.init != "config":
-        length = config.data.max_length
-        student_skeleton(config.student, teacher_folder=folder, labels=labels, max_length=length)
+        skeleton()
     check_features(config, folder)
     if config.student.lora:
-        check_adapters(config, folder, labels)
-    check_unfreezing(config, folder, labels)
+        check_adapters(config.student.lora, skeleton)
+    check_unfreezing(config, skeleton)
     check_lent_features(config, run, folder)
+
+
+def skeleton_maker(config: Config, teacher_folder: Path, labels: list[str]) -> Callable[[], Any]:
+    """What makes the student without weights, where it is needed."""
+    length = config.data.max_length
+    return partial(student_skeleton, config.student, teacher_folder=teacher_folder, labels=labels, max_length=length)
 
 
 def _check_mask_token(config: Config, tokenizer: Any) -> None:

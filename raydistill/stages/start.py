@@ -15,10 +15,9 @@ from typing import Any
 import torch.distributed as dist
 
 from raydistill.data.shards import STUDENT_SPLITS, read_split
-from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models.loading import load_classifier
-from raydistill.models.saving import save_classifier
+from raydistill.models.kinds import CLASSIFIER, ModelKind
+from raydistill.models.saving import save_model
 from raydistill.record.commit import Manifest, commit_folder, damage, read_manifest
 from raydistill.record.run import PARTS
 from raydistill.record.store import Store, naming
@@ -51,8 +50,9 @@ def train_rows(store: Store, data: Manifest) -> Rows:
 
 
 def made_once(
-    store: Store, folders: Sequence[str], fingerprint: str, make: Callable[[], tuple[Any, Any]], *, max_length: int
-) -> tuple[Any, Any]:
+    store: Store, folders: Sequence[str], fingerprint: str, make: Callable[[], tuple[Any, Any]], *, max_length: int,
+    kind: ModelKind = CLASSIFIER,
+) -> tuple[Any, Any]:  # fmt: skip
     """The model and tokenizer that stand committed under the fingerprint in one of the folders; else those of `make`.
 
     What is made is committed to the first folder. Collective: rank 0 looks, and makes, while the others wait; every
@@ -72,20 +72,21 @@ def made_once(
         dist.destroy_process_group(group)
     if isinstance(answer[0], UserError):
         raise answer[0]
-    return _loaded(store, answer[0])
+    return _loaded(store, answer[0], kind)
 
 
-def made_before(store: Store, folders: Sequence[str], fingerprint: str) -> tuple[Any, Any]:
+def made_before(
+    store: Store, folders: Sequence[str], fingerprint: str, *, kind: ModelKind = CLASSIFIER
+) -> tuple[Any, Any]:
     """What `made_once` gave when this training began, for one rank alone."""
     folder = _standing(store, folders, fingerprint)
     if folder is None:
         raise UserError(f"{SETTING}: {store.where(folders[0])}: is damaged. Run the same command again")
-    return _loaded(store, folder)
+    return _loaded(store, folder, kind)
 
 
-def _loaded(store: Store, folder: str) -> tuple[Any, Any]:
-    local = store.local(folder)
-    return load_classifier(SETTING, local), load_tokenizer(local, SETTING)
+def _loaded(store: Store, folder: str, kind: ModelKind) -> tuple[Any, Any]:
+    return kind.load(SETTING, store.local(folder))
 
 
 def _standing(store: Store, folders: Sequence[str], fingerprint: str) -> str | None:
@@ -105,6 +106,6 @@ def _commit(store: Store, folder: str, fingerprint: str, make: Callable[[], tupl
     staged: Path = store.staging(folder)
     staged.mkdir(parents=True)
     with naming(staged):
-        save_classifier(model, tokenizer, model.state_dict(), staged, max_length=max_length)
+        save_model(model, tokenizer, model.state_dict(), staged, max_length=max_length)
     commit_folder(store, staged, folder, fingerprint)
     return folder

@@ -16,6 +16,7 @@ from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.job import TrainingJob
+from raydistill.stages.language.teach import next_tokens_job, score_next_tokens
 from raydistill.stages.progress import Progress
 from raydistill.stages.scoring import score
 from raydistill.stages.teach import SPLITS, teacher_job
@@ -86,19 +87,25 @@ def _score_with_previous(
     So the student is the teacher of its next generation (Born-Again Networks, Furlanello et al. 2018,
     arXiv:1805.04770, section 3).
     """
-    config, folder, data, source = stage.config, _cache_folder(stage), run.require("data"), _model(before, run)
+    config, folder, source = stage.config, _cache_folder(stage), _model(before, run)
     standing = run.plan("cache")
     assert standing is not None
     dtype = standing.inputs["teacher.dtype"]
     inputs = {"training": plan.fingerprint, "stage": stage.name, "teacher": model_identity(source.folder())}
-    inputs |= {"teacher.codec": config.teacher.codec, "teacher.dtype": dtype}
-    fingerprint = Plan("cache", inputs).fingerprint
+    # What of the codec of language models decides is in the fingerprint of the training, by its cache's.
+    codec = {"teacher.codec": config.teacher.codec} if config.task != "causal_lm" else {}
+    fingerprint = Plan("cache", inputs | codec | {"teacher.dtype": dtype}).fingerprint
     manifest = read_manifest(run.store, folder)
     if manifest is not None and manifest.fingerprint == fingerprint:
         return
+    title, data = f"{stage.title}: the one before as teacher", run.require("data")
+    if config.task == "causal_lm":
+        asked = replace(next_tokens_job(config, run, data, source, dtype), folder=folder, fingerprint=fingerprint)
+        score_next_tokens(config, run, asked, resources, progress, title)
+        return
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
     job = replace(teacher_job(config, run, data, folder=folder, fingerprint=fingerprint, dtype=dtype), source=source)
-    (scored,) = score([job], data, {folder: SPLITS}, share, progress, f"{stage.title}: the one before as teacher")
+    (scored,) = score([job], data, {folder: SPLITS}, share, progress, title)
     rows = sum(entry.rows for entry in scored.entries)
     facts = {"codec": config.teacher.codec, "classes": len(job.labels), "labels": list(job.labels), "rows": rows}
     commit_manifest(run.store, folder, fingerprint, scored.entries, facts)

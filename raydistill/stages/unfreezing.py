@@ -7,27 +7,27 @@ its features, trains from the start too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from raydistill.config.run import Config
 from raydistill.depths import count_depths
 from raydistill.errors import UserError
 from raydistill.stages.training_stages import training_stages
-from raydistill.students.skeleton import student_skeleton
 
 
-def check_unfreezing(config: Config, teacher_folder: Path, labels: list[str]) -> None:
-    """Raises UserError for a student whose layers are not known, and for more or fewer shares than it has depths."""
+def check_unfreezing(config: Config, skeleton: Callable[[], Any]) -> None:
+    """Raises UserError for a student whose layers are not known, and for more or fewer shares than it has depths.
+
+    `skeleton` makes the student without weights.
+    """
     stages = [stage for stage in training_stages("student", config) if stage.settings.unfreeze]
     if not stages:
         return
-    skeleton = student_skeleton(
-        config.student, teacher_folder=teacher_folder, labels=labels, max_length=config.data.max_length
-    )
+    student = skeleton()
     for stage in stages:
         setting, asked = f"{stage.section}.unfreeze", stage.settings.unfreeze
-        depths = count_depths(skeleton, setting) - 1
+        depths = count_depths(student, setting) - 1
         if isinstance(asked, tuple) and len(asked) != depths:
             raise UserError(
                 f"{setting}: found {len(asked)} shares, the student has {depths} depths below its head:"

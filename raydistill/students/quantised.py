@@ -26,8 +26,8 @@ def check_quantising() -> None:
 
 
 def quantised(model: Any, device: torch.device) -> Any:
-    """The model with its encoder's linear layers in NF4, on this device; what else it has stays in float32."""
-    from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
+    """The model with the linear layers below its head in NF4, on this device; what else it has stays in float32."""
+    from transformers import BitsAndBytesConfig
 
     how = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -35,7 +35,7 @@ def quantised(model: Any, device: torch.device) -> Any:
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="raydistill-") as folder:
         model.save_pretrained(folder)
-        return AutoModelForSequenceClassification.from_pretrained(
+        return type(model).from_pretrained(
             folder, quantization_config=how, device_map={"": device}, dtype=torch.float32, local_files_only=True
         )
 

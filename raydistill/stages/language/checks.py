@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raydistill.cache.language_codecs import check_temperatures
-from raydistill.config.loss import LOSS_PARAMETERS
+from raydistill.config.language import NextTokens
+from raydistill.config.loss import LOSS_PARAMETERS, Loss
 from raydistill.config.run import Config
+from raydistill.config.training import Training
 from raydistill.data.same_tokens import difference
 from raydistill.data.token_order import token_steps
 from raydistill.data.tokens import load_tokenizer
@@ -17,6 +19,7 @@ from raydistill.models.configuration import check_length, shape_of
 from raydistill.models.folders import find_model, refuse_adapter
 from raydistill.models.loading import empty_language_model
 from raydistill.record.run import Run
+from raydistill.stages.adapted import check_adapters
 from raydistill.stages.language.objective import token_objective
 from raydistill.stages.language.surveyed import SurveyedTexts
 from raydistill.stages.language.teach import SPLITS, next_tokens
@@ -24,6 +27,8 @@ from raydistill.stages.language.vllm_engine import check_vllm
 from raydistill.stages.preflight import check_lender
 from raydistill.stages.progress import size
 from raydistill.stages.training_job import student_splits
+from raydistill.stages.training_stages import training_stages
+from raydistill.stages.unfreezing import check_unfreezing
 from raydistill.students.language import language_skeleton
 
 # For each of the `kept` tokens at a vocabulary of 128k (docs/log.md); a smaller one takes less.
@@ -42,11 +47,9 @@ def check_language_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.init == "pretrained":
         _check_pretrained(config, folder)
     student = language_skeleton(config.student, teacher_folder=folder, max_length=config.data.max_length)
-    if getattr(student.config, "final_logit_softcapping", None):
-        raise UserError(
-            f"student: {type(student).__name__} caps its logits, which training does not know. Choose another"
-            " architecture, such as llama or qwen2"
-        )
+    if config.student.lora:
+        check_adapters(config.student.lora, lambda: student)
+    check_unfreezing(config, lambda: student)
     check_losses(config)
 
 
@@ -87,22 +90,25 @@ def _check_pretrained(config: Config, teacher: Path) -> None:
 
 
 def check_losses(config: Config) -> None:
-    """The loss against what the cache will hold of the teacher."""
-    kept, loss = next_tokens(config), config.train.loss
-    if kept.codec == "none":
-        return
+    """Every stage's loss against what the cache will hold of the teacher."""
+    kept = next_tokens(config)
+    for stage in training_stages("student", config) if kept.codec != "none" else ():
+        _check_loss(kept, stage.settings.loss, stage.loss_section)
+
+
+def _check_loss(kept: NextTokens, loss: Loss, section: str) -> None:
     parameters = {name: value for name in LOSS_PARAMETERS if (value := getattr(loss, name)) is not None}
     try:
         token_objective(loss)
         check_sparse_loss(kept.codec, kind=loss.kind, parameters=parameters, has_probabilities=kept.probabilities)
     except ValueError as error:
-        raise UserError(f"train.loss: {error}") from None
+        raise UserError(f"{section}: {error}") from None
     for name in ("temperature", "temperature_end"):
         if (temperature := getattr(loss, name)) is not None and loss.kind != "logit_mse":
             try:
                 check_temperatures(kept.codec, temperature)
             except ValueError as error:
-                raise UserError(f"train.loss.{name}: {error}") from None
+                raise UserError(f"{section}.{name}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,7 @@ class LanguageCost:
     asked: dict[str, int]  # prompts by the split that their answers go to
     answers: int  # to each of them
     answer_tokens: int  # of an answer at most
+    own_teachers: int = 0  # stages whose teacher is the student as the one before left it
 
     def lines(self) -> list[str]:
         scored = sum(self.counts[split]["rows"] for split in SPLITS if split in self.counts)
@@ -134,6 +141,7 @@ class LanguageCost:
                 ]
             ),
             f"optimiser steps at most: {steps}",
+            *self._student_lines(scored),
         ]
 
     def _answer_lines(self) -> list[str]:
@@ -144,6 +152,12 @@ class LanguageCost:
             f"answers that the teacher writes: {self.answers * count:,} to {count:,} prompts, of"
             f" {self.answer_tokens:,} tokens at most, which come to those above"
         ]
+
+    def _student_lines(self, scored: int) -> list[str]:
+        if not self.own_teachers:
+            return []
+        rows, kept = self.own_teachers * scored, size(int(self.own_teachers * self.cache_bytes))
+        return [f"student forwards as the teacher of later stages: {rows:,} rows at most, {kept} of cache"]
 
 
 def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> LanguageCost:
@@ -160,17 +174,23 @@ def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> L
     if kept.codec in ("hidden", "dense"):
         folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
         each = 2 * (vocabulary if kept.codec == "dense" else shape_of(folder).width)
-    length, learnt = config.data.max_length, student_splits(config)
+    own = config.train.seeds * sum(stage.own_teacher for stage in training_stages("student", config))
+    learnt = student_splits(config)
     tokens = sum(counts[split]["tokens"] for split in learnt if split in counts)
-    tokens += answers * length * sum(asked.get(split, 0) for split in learnt)
-    trainings = {"teacher": (config.teacher.fine_tune, 1), "student": (config.train, config.train.seeds)}
-    trainings |= {"control": (config.train, config.train.seeds)} if config.evaluate.control else {}
-    of_teacher = counts["train"]["tokens"]
-    steps = {
-        name: times
-        * settings.epochs
-        * token_steps(of_teacher if name == "teacher" else tokens, settings.batch_size * length)
-        for name, (settings, times) in trainings.items()
-        if settings is not None
+    tokens += answers * config.data.max_length * sum(asked.get(split, 0) for split in learnt)
+    steps = _steps(config, of_teacher=counts["train"]["tokens"], of_student=tokens)
+    return LanguageCost(counts, kept.codec, positions * each, steps, asked, answers, longest, own)
+
+
+def _steps(config: Config, *, of_teacher: int, of_student: int) -> dict[str, int]:
+    """The optimiser steps of every training, over so many tokens."""
+    trainings: dict[str, list[Training]] = {}
+    if config.teacher.fine_tune is not None:
+        trainings["teacher"] = [config.teacher.fine_tune]
+    for role in ("student", "control") if config.evaluate.control else ("student",):
+        trainings[role] = [stage.settings for stage in training_stages(role, config)] * config.train.seeds
+    tokens = {"teacher": of_teacher, "student": of_student, "control": of_student}
+    return {
+        name: sum(s.epochs * token_steps(tokens[name], s.batch_size * config.data.max_length) for s in settings)
+        for name, settings in trainings.items()
     }
-    return LanguageCost(counts, kept.codec, positions * each, steps, asked, answers, longest)

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from raydistill.adapters import frozen_parameters
 from raydistill.cache.next_tokens import NextTokenCache
 from raydistill.data.token_loader import TokenBatch, TokenSplit, check_vocabulary
 from raydistill.data.token_order import token_steps
-from raydistill.data.tokens import load_tokenizer
+from raydistill.depths import parameter_depths
 from raydistill.losses.fused_linear import Teacher, TokenObjective
-from raydistill.models.loading import load_language_model
-from raydistill.models.saving import save_language_model
-from raydistill.next_token import MEASURES, NextTokenModel, check_parts, model_weights, shared_names
-from raydistill.record.commit import read_manifest
+from raydistill.models.kinds import LANGUAGE_MODEL
+from raydistill.models.saving import longest_input, save_model
+from raydistill.next_token import MEASURES, MODEL_PREFIX, NextTokenModel, check_parts, model_weights, shared_names
+from raydistill.record.commit import Manifest, read_manifest
 from raydistill.record.run import PARTS
-from raydistill.record.store import open_store
+from raydistill.record.store import Store, open_store
+from raydistill.stages.adapted import save_adapted, with_adapters
 from raydistill.stages.job import TrainingJob
 from raydistill.stages.lesson import Parts, Steps
 from raydistill.stages.meter import Meter
 from raydistill.stages.ranks import all_reduce, rank_and_world
 from raydistill.stages.training_job import student_splits
 from raydistill.students.language import build_language_student
-from raydistill.targets import HiddenTargets, OutputHead, SparseTargets
+from raydistill.targets import HiddenTargets, SparseTargets
 
 VALIDATION_TOKENS = {"cpu": 4096, "cuda": 65_536}
 
@@ -41,26 +42,14 @@ class LanguageLesson:
         store = open_store(job.data_url)
         data = read_manifest(store, "data")
         assert data is not None
-        vocabulary = data.facts["vocabulary"]
-        self._model, self.tokenizer = build_language_model(job)
-        check_vocabulary(data, self._model.get_output_embeddings().weight.shape[0], job.title)
-        check_parts(job.title, self._model.eval(), vocabulary)
-        if job.settings.gradient_checkpointing:
-            self._model.gradient_checkpointing_enable()
-        self.model: torch.nn.Module = NextTokenModel(self._model, vocabulary)
-        self.frozen = shared_names(self.model)
-        self.depths: Mapping[str, int] = {}
-        cache = None
-        if job.uses_cache:
-            folder = PARTS["cache"].folder
-            manifest = read_manifest(store, folder)
-            assert manifest is not None
-            cache = None if job.config.teacher.keeps_no_logits else NextTokenCache.open(store, folder, manifest, data)
-        self._head: OutputHead | None = None
-        if cache is not None and cache.head is not None:
-            head = cache.head
-            bias = None if head.bias_V is None else head.bias_V.to(device)
-            self._head = replace(head, weight_VD=head.weight_VD.to(device), bias_V=bias)
+        self._lora = job.config.student.lora if job.role != "teacher" else None
+        self._model, self.tokenizer = self._built(data)
+        self.model: torch.nn.Module = NextTokenModel(self._model, data.facts["vocabulary"])
+        self.frozen = shared_names(self.model) | (frozen_parameters(self.model) if self._lora else frozenset())
+        depths = parameter_depths(self._model, f"{job.section}.unfreeze") if job.unfreeze else {}
+        self.depths: Mapping[str, int] = {MODEL_PREFIX + name: depth for name, depth in depths.items()}
+        cache = _open_cache(job, store, data) if job.uses_cache and not job.config.teacher.keeps_no_logits else None
+        self._head = cache.head.to(device) if cache is not None and cache.head is not None else None
         self._train, self._validation = (
             TokenSplit(store, splits, data, cache) for splits in (job.splits, ("validation",))
         )
@@ -71,6 +60,18 @@ class LanguageLesson:
         counted = job.splits if job.role == "teacher" else student_splits(job.config)
         tokens = sum(found["tokens"] for split, found in data.facts["counts"].items() if split in counted)
         self.per_epoch = token_steps(tokens, self._batch_tokens)
+
+    def _built(self, data: Manifest) -> tuple[Any, Any]:
+        """The model that is trained, with its adapters, and its tokenizer, checked against the data."""
+        job = self._job
+        model, tokenizer = build_language_model(job)
+        check_vocabulary(data, model.get_output_embeddings().weight.shape[0], job.title)
+        check_parts(job.title, model.eval(), data.facts["vocabulary"])
+        if self._lora:
+            model = with_adapters(model, self._lora, job.settings.seed, self._device)
+        if job.settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model, tokenizer
 
     def steps(self, *, epoch: int, first_step: int, rank: int, world: int) -> Steps:
         settings = self._job.settings
@@ -132,7 +133,14 @@ class LanguageLesson:
         return torch.stack(engine.call(**self._arguments(batch), teacher=teacher))
 
     def publish(self, weights: dict[str, torch.Tensor], folder: Path, *, place: str) -> Any:
-        save_language_model(self._model, self.tokenizer, model_weights(weights), folder)
+        weights, length = model_weights(weights), longest_input(self._model, self.tokenizer)
+        if self._lora:
+            base = build_language_model(self._job, alone=True)[0]
+            return save_adapted(
+                base, self.tokenizer, weights, folder, self._lora, self._job.settings.seed, self._device,
+                max_length=length, place=place,
+            )  # fmt: skip
+        save_model(self._model, self.tokenizer, weights, folder, max_length=length)
         return self._model
 
     def close(self) -> None:
@@ -140,11 +148,22 @@ class LanguageLesson:
             split.close()
 
 
-def build_language_model(job: TrainingJob) -> tuple[Any, Any]:
-    """The model with its first weights, and its tokenizer; the same on every rank."""
-    folder, setting = job.source.folder(), job.source.setting
-    if job.role == "teacher":
-        return load_language_model(setting, folder), load_tokenizer(folder, setting, pads=False)
+def build_language_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any, Any]:
+    """The model with its first weights, and its tokenizer, as `build_model` of a classifier."""
+    source = job.begins_with or job.source
+    if job.begins_with is not None or job.role == "teacher":
+        return LANGUAGE_MODEL.load(source.setting, source.folder())
     return build_language_student(
-        job.config.student, teacher_folder=folder, max_length=job.config.data.max_length, seed=job.settings.seed
-    )
+        job.config.student, teacher_folder=source.folder(), max_length=job.config.data.max_length,
+        seed=job.settings.seed,
+    )  # fmt: skip
+
+
+def _open_cache(job: TrainingJob, data_store: Store, data: Manifest) -> NextTokenCache:
+    """What this training learns from: the teacher's cache, which stands with the data, or one of its own."""
+    store, folder = data_store, PARTS["cache"].folder
+    if job.own_cache is not None:
+        store, folder = open_store(job.run_url), job.own_cache
+    manifest = read_manifest(store, folder)
+    assert manifest is not None
+    return NextTokenCache.open(store, folder, manifest, data, data_store=data_store)

@@ -6,6 +6,7 @@ distribution of the next token, at every position that is learnt from.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from raydistill.cache.hidden_shards import read_head
@@ -15,6 +16,7 @@ from raydistill.config.language import NextTokens
 from raydistill.config.run import Config
 from raydistill.errors import UserError
 from raydistill.models.folders import model_identity
+from raydistill.models.source import ModelSource
 from raydistill.next_token import head_facts
 from raydistill.record.commit import Entry, Manifest, commit_manifest, committed_shard
 from raydistill.record.fingerprint import Plan
@@ -43,41 +45,49 @@ def teach_next_tokens(config: Config, run: Run, resources: Resources, progress: 
         return manifest
     if config.teacher.keeps_no_logits:
         return _commit_nothing(run, data, plan, progress)
-    share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
-    job = _job(config, run, data, plan)
-    (scored,) = score([job], data, {FOLDER: SPLITS}, share, progress, "teach")
-    entries = list(scored.entries)
-    if job.codec == "hidden":
-        head = committed_shard(run.store, f"{FOLDER}/{HEAD}", plan.fingerprint)
-        if head is None:
-            raise UserError(f"{run.store.where(FOLDER)}/{HEAD}: is damaged. Score again with --redo teach")
-        entries.append(head)
-    return _commit(config, run, data, plan, entries, scored.totals, progress)
+    job = next_tokens_job(config, run, data, teacher_source(config, run), plan.inputs["teacher.dtype"])
+    return score_next_tokens(config, run, replace(job, fingerprint=plan.fingerprint), resources, progress, "teach")
 
 
-def _job(config: Config, run: Run, data: Manifest, plan: Plan) -> LanguageScoringJob:
+def next_tokens_job(config: Config, run: Run, data: Manifest, source: ModelSource, dtype: str) -> LanguageScoringJob:
+    """A model's scoring into the teacher cache, without the fingerprint of what it makes."""
     settings = next_tokens(config)
     return LanguageScoringJob(
-        source=teacher_source(config, run), data_url=run.home("data").root, output_url=run.store.root, folder=FOLDER,
-        fingerprint=plan.fingerprint, codec=settings.codec, form=sparse_format(settings),
-        alphabet=named(data, ALPHABET), head_with=data.shards(*SPLITS)[0].file, vocabulary=data.facts["vocabulary"],
-        dtype=plan.inputs["teacher.dtype"], tokens_per_batch=config.teacher.tokens_per_batch,
+        source=source, data_url=run.home("data").root, output_url=run.store.root, folder=FOLDER, fingerprint="",
+        codec=settings.codec, form=sparse_format(settings), alphabet=named(data, ALPHABET),
+        head_with=data.shards(*SPLITS)[0].file, vocabulary=data.facts["vocabulary"], dtype=dtype,
+        tokens_per_batch=config.teacher.tokens_per_batch,
     )  # fmt: skip
 
 
+def score_next_tokens(
+    config: Config, run: Run, job: LanguageScoringJob, resources: Resources, progress: Progress, title: str
+) -> Manifest:
+    """Scores train and validation into the job's folder; its manifest. Raises what scoring raises."""
+    data = run.require("data")
+    share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
+    (scored,) = score([job], data, {job.folder: SPLITS}, share, progress, title)
+    entries = list(scored.entries)
+    if job.codec == "hidden":
+        head = committed_shard(run.store, f"{job.folder}/{HEAD}", job.fingerprint)
+        if head is None:
+            raise UserError(f"{run.store.where(job.folder)}/{HEAD}: is damaged. Remove it, to score again")
+        entries.append(head)
+    return _commit(config, run, job, data, entries, scored.totals, progress, title)
+
+
 def _commit(
-    config: Config, run: Run, data: Manifest, plan: Plan, entries: list[Entry], totals: dict[str, float],
-    progress: Progress,
+    config: Config, run: Run, job: LanguageScoringJob, data: Manifest, entries: list[Entry], totals: dict[str, float],
+    progress: Progress, title: str,
 ) -> Manifest:  # fmt: skip
     settings = next_tokens(config)
     positions = sum(found["learnt"] for split, found in data.facts["counts"].items() if split in SPLITS)
     rows, total = sum(n for split, n in data.facts["rows"].items() if split in SPLITS), sum(e.size for e in entries)
-    source = teacher_source(config, run)
     facts = {
         "codec": settings.codec,
-        **_width(run, entries),
+        **_width(run, job.folder, entries),
         **format_facts(sparse_format(settings)),
-        **head_facts(source.folder()),
+        **head_facts(job.source.folder()),
         "promise": LANGUAGE_CODECS[settings.codec].promise,
         "temperatures": "1" if sparse_format(settings) else "any",
         "vocabulary": data.facts["vocabulary"],
@@ -86,10 +96,10 @@ def _commit(
         "forwards": rows,
         "bytes_per_position": total / positions,
     }
-    manifest = commit_manifest(run.store, FOLDER, plan.fingerprint, entries, facts)
+    manifest = commit_manifest(run.store, job.folder, job.fingerprint, entries, facts)
     speed = f", {totals['tokens'] / totals['seconds']:,.0f} tokens/s for each actor" if totals["seconds"] else ""
     progress.say(
-        f"teach: {positions:,} positions of {rows:,} rows cached by codec {settings.codec}, one forward for each row,"
+        f"{title}: {positions:,} positions of {rows:,} rows cached by codec {settings.codec}, one forward for each row,"
         f" {facts['bytes_per_position']:.1f} bytes a position, {size(total)}{speed}"
     )
     return manifest
@@ -107,10 +117,10 @@ def _commit_nothing(run: Run, data: Manifest, plan: Plan, progress: Progress) ->
     return manifest
 
 
-def _width(run: Run, entries: list[Entry]) -> dict[str, int]:
+def _width(run: Run, folder: str, entries: list[Entry]) -> dict[str, int]:
     """The width of hidden states, where the cache has an output head."""
     head = next((entry for entry in entries if entry.file == HEAD), None)
-    return {} if head is None else {"width": read_head(run.store, FOLDER, head).weight_VD.shape[1]}
+    return {} if head is None else {"width": read_head(run.store, folder, head).weight_VD.shape[1]}
 
 
 def next_tokens(config: Config) -> NextTokens:
