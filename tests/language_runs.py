@@ -17,6 +17,9 @@ from raydistill.stories import stories
 SIZES = {
     "llama": {"num_key_value_heads": 1, "intermediate_size": 32},
     "qwen2": {"num_key_value_heads": 1, "intermediate_size": 32},
+    "qwen3": {"num_key_value_heads": 1, "intermediate_size": 32, "head_dim": 8},
+    "mistral": {"num_key_value_heads": 1, "intermediate_size": 32},
+    "gemma": {"num_key_value_heads": 1, "intermediate_size": 32, "head_dim": 8},
     "gpt2": {"n_inner": 32},
     "gemma2": {"num_key_value_heads": 1, "intermediate_size": 32, "head_dim": 8, "sliding_window": 4},
     "granite": {"num_key_value_heads": 1, "intermediate_size": 32, "logits_scaling": 3.0},

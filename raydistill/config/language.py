@@ -60,7 +60,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     ),
     "teacher.fine_tune": ("group_by_length",),
     "student": (
-        "importance", "importance_rows", "trim_vocabulary", "vocabulary_min_count", "max_positions", "embedding_size",
+        "trim_vocabulary", "vocabulary_min_count", "max_positions", "embedding_size",
     ),
     "train": ("group_by_length",),
     "train.loss": ("standardise", "hard_targets", "features", "features_from"),
@@ -237,9 +237,6 @@ def _check_written(config: Any) -> None:
 
 
 def _check_student(student: Any) -> None:
-    if student.init == "teacher_layers" and (student.feed_forward, student.num_heads) != (None, None):
-        name = "num_heads" if student.feed_forward is None else "feed_forward"
-        raise ValueError(f"student.{name} of a teacher's layers is not built for task: causal_lm; remove it")
     if student.tie_embeddings is not None and student.init != "config":
         raise ValueError(f"student.tie_embeddings means nothing with init: {student.init}; remove it")
     if student.init == "config" and student.model_type == type(student).model_fields["model_type"].default:

@@ -127,6 +127,9 @@ class DataShard:
     texts: list[str]
     labels_N: npt.NDArray[np.integer]
 
+    def __len__(self) -> int:
+        return len(self.texts)
+
     def where(self, chosen_N: npt.NDArray[np.bool_]) -> DataShard:
         """The chosen rows, in their order."""
         texts = [text for text, is_chosen in zip(self.texts, chosen_N, strict=True) if is_chosen]

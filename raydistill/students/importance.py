@@ -5,7 +5,8 @@ Shapes: N rows, L tokens, P parts (units of a feed-forward, or heads of an atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,15 +14,22 @@ import torch
 from raydistill.errors import UserError
 from raydistill.students.blocks import OUTPUT, VALUES, Attention, FeedForward, Outlet, is_transposed, layers_of
 
+Inputs = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def logits_of(model: Any, inputs: Inputs) -> torch.Tensor:
+    """(N, K)."""
+    return model(**inputs).logits
 
 
 def taylor(
     model: Any,
-    batches: Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]],
+    batches: Iterable[tuple[Inputs, torch.Tensor]],
     outlets: Sequence[Outlet],
     *,
     loss_sum: Loss,
+    outputs: Callable[[Any, Inputs], torch.Tensor] = logits_of,
 ) -> list[list[torch.Tensor]]:
     """The first-order importance of every part: for each outlet and layer a tensor (P) in float64, of length 1.
 
@@ -30,8 +38,9 @@ def taylor(
     Michel et al. 2019 (arXiv:1905.10650, section 4.1, with its norm over each layer), of units the same criterion as in
     Molchanov et al. 2019 (arXiv:1906.10771, section 3, on gates) and DynaBERT (arXiv:2004.04037, section 3.1).
 
-    `batches` are inputs with an attention mask (N, L), and targets for `loss_sum`, which takes logits (N, K) and sums
-    over rows. The model is left in eval mode. Raises UserError for gradients that are not finite.
+    `batches` are inputs with an attention mask (N, L), and targets for `loss_sum`, which takes what `outputs` makes of
+    the inputs, by default logits (N, K), and sums over rows. The model is left in eval mode. Raises UserError for
+    gradients that are not finite.
     """
     layers, rows = list(layers_of(model.eval())), 0
     sums = [[torch.zeros(outlet.parts, dtype=torch.float64) for _ in layers] for outlet in outlets]
@@ -43,7 +52,11 @@ def taylor(
     try:
         for inputs, targets in batches:
             rows += len(targets)
-            gates, gradients = _gate_gradients(model, layers, outlets, inputs, targets, loss_sum)
+            device = next(model.parameters()).device
+            inputs, targets = {name: value.to(device) for name, value in inputs.items()}, targets.to(device)
+            with _gated(layers, outlets, inputs["attention_mask"]) as gates, torch.enable_grad():
+                loss = loss_sum(outputs(model, inputs), targets)
+                gradients = torch.autograd.grad(loss, list(gates.values()))
             for number, gradient_NP in zip(gates, gradients, strict=True):
                 outlet, layer = divmod(number, len(layers))
                 sums[outlet][layer] += gradient_NP.abs().double().sum(dim=0).cpu()
@@ -58,19 +71,13 @@ def taylor(
     return [[_normalised(total / rows) for total in layers_sums] for layers_sums in sums]
 
 
-def _gate_gradients(
-    model: Any,
-    layers: Sequence[Any],
-    outlets: Sequence[Outlet],
-    inputs: dict[str, torch.Tensor],
-    targets: torch.Tensor,
-    loss_sum: Loss,
-) -> tuple[list[int], tuple[torch.Tensor, ...]]:
-    """The gates' numbers (outlet times layers plus layer) and the gradient (N, P) of each row's loss to its gates."""
-    device = next(model.parameters()).device
-    inputs, targets = {name: value.to(device) for name, value in inputs.items()}, targets.to(device)
+@contextlib.contextmanager
+def _gated(
+    layers: Sequence[Any], outlets: Sequence[Outlet], mask_NL: torch.Tensor
+) -> Iterator[dict[int, torch.Tensor]]:
+    """The gates (N, P) of a forward in here, each row's own, by their numbers: outlet times layers plus layer."""
     gates: dict[int, torch.Tensor] = {}
-    is_token_NL11 = inputs["attention_mask"].bool()[:, :, None, None]
+    is_token_NL11 = mask_NL.bool()[:, :, None, None]
 
     def gated(number: int, outlet: Outlet) -> Callable[..., tuple[torch.Tensor, ...]]:
         def hook(_module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -90,9 +97,7 @@ def _gate_gradients(
         for number, layer in enumerate(layers)
     ]
     try:
-        with torch.enable_grad():
-            loss = loss_sum(model(**inputs).logits, targets)
-            return list(gates), torch.autograd.grad(loss, list(gates.values()))
+        yield gates
     finally:
         for handle in handles:
             handle.remove()

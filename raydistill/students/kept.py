@@ -5,10 +5,11 @@ Shapes: N rows, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from raydistill.data.shards import DataShard
@@ -22,6 +23,8 @@ IMPORTANCE_ROWS = 512
 TOKENS_PER_BATCH = 2048
 
 Batches = Iterable[tuple[dict[str, torch.Tensor], torch.Tensor]]
+Int64 = npt.NDArray[np.int64]
+S = TypeVar("S", bound=Sized)  # a shard
 
 
 def narrows_by_rows(settings: Any) -> bool:
@@ -34,11 +37,12 @@ def is_narrower(settings: Any) -> bool:
     return settings.init == "teacher_layers" and (settings.feed_forward, settings.num_heads) != (None, None)
 
 
-def kept_parts(settings: Any, teacher: Any, batches: Batches) -> tuple[Kept | None, Kept | None]:
+def kept_parts(settings: Any, teacher: Any, batches: Batches, **loss: Any) -> tuple[Kept | None, Kept | None]:
     """The units and the heads that each of the teacher's layers keeps; None for what loses nothing.
 
-    `batches` are read where importance is taylor; their labels are numbers of the teacher's outputs, or negative. Runs
-    on a GPU where there is one, and leaves the teacher there. Raises UserError for numbers that the teacher does not
+    `batches` are read where importance is taylor; their labels are numbers of the teacher's outputs, or negative. Their
+    loss is that of a classifier, unless `loss` says otherwise to `taylor`. Runs on a GPU where there is one, and leaves
+    the teacher there. Raises UserError for numbers that the teacher does not
     have and blocks that are not known.
     """
     units, heads = blocks_to_narrow(teacher, units=settings.feed_forward, heads=settings.num_heads)
@@ -46,7 +50,8 @@ def kept_parts(settings: Any, teacher: Any, batches: Batches) -> tuple[Kept | No
         of_units = unit_magnitudes(teacher, units) if units else None
         of_heads = head_magnitudes(teacher, heads) if heads else None
     else:
-        found = iter(_taylor(teacher, batches, [block.outlet for block in (units, heads) if block]))
+        outlets = [block.outlet for block in (units, heads) if block]
+        found = iter(_taylor(teacher, batches, outlets, **{"loss_sum": cross_entropy_sum, **loss}))
         of_units = next(found) if units else None
         of_heads = next(found) if heads else None
     groups = heads.key_value_heads if heads and heads.key_value_heads < heads.heads else 1
@@ -56,12 +61,12 @@ def kept_parts(settings: Any, teacher: Any, batches: Batches) -> tuple[Kept | No
     )
 
 
-def _taylor(teacher: Any, batches: Batches, outlets: list[Outlet]) -> list[list[torch.Tensor]]:
+def _taylor(teacher: Any, batches: Batches, outlets: list[Outlet], **loss: Any) -> list[list[torch.Tensor]]:
     if not outlets:
         return []
     if torch.cuda.is_available():
         teacher.to("cuda")
-    return taylor(teacher, batches, outlets, loss_sum=cross_entropy_sum)
+    return taylor(teacher, batches, outlets, **loss)
 
 
 def cross_entropy_sum(logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
@@ -76,6 +81,15 @@ def narrower(student: Any, layers: Sequence[int], units: Kept | None, heads: Kep
     """A student of these layers of its teacher with what each of them keeps."""
     of_layers = [kept and [kept[layer] for layer in layers] for kept in (units, heads)]
     return narrowed(student, units=of_layers[0], heads=of_layers[1])
+
+
+def drawn_of(shards: Callable[[], Iterator[S]], count: int, *, seed: int) -> Iterator[tuple[S, Int64]]:
+    """Every shard with the numbers of those of its rows that are among so many, drawn of all by seed; or all."""
+    total, first = sum(len(shard) for shard in shards()), 0
+    drawn = np.sort(np.random.default_rng(seed).permutation(total)[:count])
+    for shard in shards():
+        yield shard, drawn[(drawn >= first) & (drawn < first + len(shard))] - first
+        first += len(shard)
 
 
 def drawn_rows(
@@ -93,11 +107,8 @@ def drawn_rows(
     output for each of the data's labels; a negative label, of a row without one, stays as it is.
     """
     assert rows is not None
-    total, first, outputs = sum(len(shard.texts) for shard in rows()), 0, torch.tensor(order)
-    drawn = np.sort(np.random.default_rng(seed).permutation(total)[:count])
-    for shard in rows():
-        here = drawn[(drawn >= first) & (drawn < first + len(shard.texts))] - first
-        first += len(shard.texts)
+    outputs = torch.tensor(order)
+    for shard, here in drawn_of(rows, count, seed=seed):
         tokens = tokenise(tokenizer, [shard.texts[row] for row in here], max_length)
         labels_N = torch.from_numpy(shard.labels_N[here].astype(np.int64))
         for batch in pack_by_length(tokens.lengths_N, TOKENS_PER_BATCH) if len(here) else []:

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raydistill.data.tokens import load_tokenizer
+from raydistill.data.token_shards import TokenShard
+from raydistill.data.tokens import load_tokenizer, pack_by_length, pad
 from raydistill.errors import UserError, first_line
+from raydistill.losses.fused_linear import TokenObjective
+from raydistill.losses.response import IGNORED_LABEL
 from raydistill.models.folders import find_model
 from raydistill.models.loading import empty_language_model, load_language_model
+from raydistill.next_token import NextTokenModel, hidden_states
+from raydistill.students.kept import (
+    IMPORTANCE_ROWS,
+    TOKENS_PER_BATCH,
+    Batches,
+    drawn_of,
+    is_narrower,
+    kept_parts,
+    narrower,
+    narrows_by_rows,
+)
 from raydistill.students.layers import chosen_layers, student_from_layers
 from raydistill.students.sizes import set_dropout, sizes_of
+from raydistill.students.sketch import sketch_of
+
+TokenRows = Callable[[], Iterator[TokenShard]]  # the rows of train from the first on, shard by shard, at each call
 
 
-def build_language_student(settings: Any, *, teacher_folder: Path, max_length: int, seed: int) -> tuple[Any, Any]:
-    """The student with its first weights, and its tokenizer; the same for the same seed. Raises UserError."""
+def build_language_student(
+    settings: Any, *, teacher_folder: Path, max_length: int, seed: int, rows: TokenRows | None = None
+) -> tuple[Any, Any]:
+    """The student with its first weights, and its tokenizer; the same for the same seed. Raises UserError.
+
+    `rows` gives the rows of train as often as it is called; it is needed where `needs_rows` says so.
+    """
     torch.manual_seed(seed)
     if settings.init == "pretrained":
         folder = find_model("student.model", settings.model, settings.revision)
@@ -26,7 +50,8 @@ def build_language_student(settings: Any, *, teacher_folder: Path, max_length: i
     tokenizer = load_tokenizer(teacher_folder, "teacher.model", pads=False)
     if settings.init == "config":
         return _new(settings, tokenizer, max_length), tokenizer
-    return _of_layers(settings, load_language_model("teacher.model", teacher_folder)), tokenizer
+    teacher = load_language_model("teacher.model", teacher_folder)
+    return _of_layers(settings, teacher, rows, seed=seed, vocabulary=len(tokenizer)), tokenizer
 
 
 def language_skeleton(settings: Any, *, teacher_folder: Path, max_length: int) -> Any:
@@ -36,14 +61,41 @@ def language_skeleton(settings: Any, *, teacher_folder: Path, max_length: int) -
             return _new(settings, load_tokenizer(teacher_folder, "teacher.model", pads=False), max_length)
         if settings.init == "pretrained":
             return empty_language_model("student.model", find_model("student.model", settings.model, settings.revision))
-        return _of_layers(settings, empty_language_model("teacher.model", teacher_folder))
+        return sketch_of(settings, empty_language_model("teacher.model", teacher_folder))
 
 
-def _of_layers(settings: Any, teacher: Any) -> Any:
+def _of_layers(settings: Any, teacher: Any, rows: TokenRows | None, *, seed: int, vocabulary: int) -> Any:
     layers = chosen_layers(settings.layers, settings.num_layers, teacher.config.num_hidden_layers)
     student = student_from_layers(teacher, layers, settings.dropout)
+    if is_narrower(settings):
+        batches: Batches = ()
+        if narrows_by_rows(settings):
+            assert rows is not None
+            batches = drawn_token_rows(rows, settings.importance_rows or IMPORTANCE_ROWS, seed=seed)
+        loss_sum = partial(_next_token_sum, NextTokenModel(teacher, vocabulary))
+        kept = kept_parts(settings, teacher, batches, loss_sum=loss_sum, outputs=hidden_states)
+        student = narrower(student, layers, *kept)
     student.generation_config = teacher.generation_config
     return student
+
+
+def drawn_token_rows(rows: TokenRows, count: int, *, seed: int) -> Batches:
+    """So many rows, drawn by seed, as inputs and next tokens (R, L); -100 where none is learnt."""
+    for shard, here in drawn_of(rows, count, seed=seed):
+        for batch in pack_by_length(shard.lengths_R[here], TOKENS_PER_BATCH) if len(here) else []:
+            chosen = [int(row) for row in here[batch]]
+            inputs = pad([shard.row(row) for row in chosen], 0)
+            labels_RL = torch.full_like(inputs["input_ids"], IGNORED_LABEL)
+            for number, row in enumerate(chosen):
+                at = torch.from_numpy(shard.positions(row))
+                labels_RL[number, at] = inputs["input_ids"][number, at + 1]
+            yield inputs, labels_RL
+
+
+def _next_token_sum(model: NextTokenModel, hidden_RLD: torch.Tensor, labels_RL: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy over all that is learnt, without whole logits."""
+    learnt_RL = labels_RL != IGNORED_LABEL
+    return model.head(hidden_RLD[learnt_RL], labels_RL[learnt_RL], None, TokenObjective())[0]
 
 
 def _new(settings: Any, tokenizer: Any, max_length: int) -> Any:

@@ -19,12 +19,16 @@ def sketch(settings: Any, teacher_folder: Path) -> Any:
     have, and for an architecture that does not allow them.
     """
     with torch.device("meta"):
-        teacher = empty_classifier("teacher.model", teacher_folder)
-        chosen = chosen_layers(settings.layers, settings.num_layers, teacher.config.num_hidden_layers)
-        student = student_from_layers(teacher, chosen, settings.dropout)
-        units, heads = blocks_to_narrow(teacher, units=settings.feed_forward, heads=settings.num_heads)
-        return narrowed(
-            student,
-            units=None if units is None else [torch.arange(settings.feed_forward)] * len(chosen),
-            heads=None if heads is None else [torch.arange(settings.num_heads)] * len(chosen),
-        )
+        return sketch_of(settings, empty_classifier("teacher.model", teacher_folder))
+
+
+def sketch_of(settings: Any, teacher: Any) -> Any:
+    """The same of a teacher that has no weights either; call it with torch's device "meta"."""
+    chosen = chosen_layers(settings.layers, settings.num_layers, teacher.config.num_hidden_layers)
+    student = student_from_layers(teacher, chosen, settings.dropout)
+    units, heads = blocks_to_narrow(teacher, units=settings.feed_forward, heads=settings.num_heads)
+    return narrowed(
+        student,
+        units=None if units is None else [torch.arange(settings.feed_forward)] * len(chosen),
+        heads=None if heads is None else [torch.arange(settings.num_heads)] * len(chosen),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 
 from raydistill.adapters import frozen_parameters
 from raydistill.cache.next_tokens import NextTokenCache
+from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.data.token_loader import TokenBatch, TokenSplit, check_vocabulary
 from raydistill.data.token_order import token_steps
+from raydistill.data.token_shards import read_token_shard
 from raydistill.depths import parameter_depths
 from raydistill.losses.fused_linear import Teacher, TokenObjective
 from raydistill.models.kinds import LANGUAGE_MODEL
@@ -21,12 +24,12 @@ from raydistill.record.commit import Manifest, read_manifest
 from raydistill.record.run import PARTS
 from raydistill.record.store import Store, open_store
 from raydistill.stages.adapted import save_adapted, with_adapters
-from raydistill.stages.job import TrainingJob
+from raydistill.stages.job import TrainingJob, first_student
 from raydistill.stages.lesson import Parts, Steps
 from raydistill.stages.meter import Meter
 from raydistill.stages.ranks import all_reduce, rank_and_world
 from raydistill.stages.training_job import student_splits
-from raydistill.students.language import build_language_student
+from raydistill.students.language import TokenRows, build_language_student
 from raydistill.targets import HiddenTargets, SparseTargets
 
 VALIDATION_TOKENS = {"cpu": 4096, "cuda": 65_536}
@@ -153,10 +156,15 @@ def build_language_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any,
     source = job.begins_with or job.source
     if job.begins_with is not None or job.role == "teacher":
         return LANGUAGE_MODEL.load(source.setting, source.folder())
-    return build_language_student(
-        job.config.student, teacher_folder=source.folder(), max_length=job.config.data.max_length,
-        seed=job.settings.seed,
+    build = partial(
+        build_language_student, job.config.student, teacher_folder=source.folder(),
+        max_length=job.config.data.max_length, seed=job.settings.seed,
     )  # fmt: skip
+    return first_student(job, build, _train_rows, kind=LANGUAGE_MODEL, alone=alone)
+
+
+def _train_rows(store: Store, data: Manifest) -> TokenRows:
+    return lambda: (read_token_shard(store, entry) for entry in data.shards(*STUDENT_SPLITS))
 
 
 def _open_cache(job: TrainingJob, data_store: Store, data: Manifest) -> NextTokenCache:
