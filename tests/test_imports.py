@@ -37,6 +37,7 @@ ONLY = {
     "onnx": {"exports"},
     "onnxruntime": {"exports"},
     "torchao": {"exports"},
+    "gguf": {"exports"},
 }
 MATHS = {"losses", "targets"}
 

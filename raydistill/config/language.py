@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from raydistill.config.export import CLASS_FORMATS, LANGUAGE_FORMATS
 from raydistill.config.loss import WITHOUT_TEMPERATURE
 from raydistill.config.section import MAX_SEED, Section
 
@@ -50,7 +51,10 @@ DEFAULTS: dict[tuple[str, ...], Any] = {
     ("teacher", "fine_tune", "metric"): "nll",
     ("train", "metric"): "nll",
     ("train", "loss", "temperature"): 1.0,
+    ("export", "rows"): 256,
+    ("export", "min_agreement"): 0.95,
 }
+OPTIONAL = ("fine_tune", "export")  # sections that are absent unless they are given
 # Settings that are about rows with labels, or that are not built for language models, by their section.
 OTHERS: dict[str, tuple[str, ...]] = {
     "data": ("label", "label_separator", "keep_unlabelled", "augment"),
@@ -64,6 +68,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     ),
     "train": ("group_by_length",),
     "train.loss": ("standardise", "hard_targets", "features", "features_from"),
+    "export": ("max_accuracy_loss", "calibration_rows"),
     "evaluate": ("latency_rounds", "devices", "price_per_hour", "retention", "models", "sets", "quantise_teacher"),
 }  # fmt: skip
 # And those that mean nothing without it.
@@ -81,6 +86,7 @@ OWN: dict[str, tuple[str, ...]] = {
     ),
     "teacher": ("next_tokens",),
     "student": ("tie_embeddings",),
+    "export": ("max_perplexity_rise",),
     "evaluate": ("samples", "sample_tokens"),
 }
 METRICS = ("nll", "accuracy", "kl", "agreement")
@@ -94,7 +100,7 @@ def with_defaults(tree: Any) -> Any:
     for place, value in DEFAULTS.items():
         section: Any = tree
         for name in place[:-1]:
-            if name != "fine_tune":
+            if name not in OPTIONAL:
                 section.setdefault(name, {})
             section = section.get(name)
             if not isinstance(section, dict):
@@ -129,9 +135,9 @@ def check_language(config: Any) -> None:
     """Raises ValueError for a setting that task: causal_lm does not know, or that does not fit it."""
     if name := _first_set(config, OTHERS):
         raise ValueError(f"{name} is not known with task: causal_lm; remove it")
-    for name in ("tune", "export"):
-        if getattr(config, name) is not None:
-            raise ValueError(f"{name} is not known with task: causal_lm; remove it")
+    if config.tune is not None:
+        raise ValueError("tune is not known with task: causal_lm; remove it")
+    _check_formats(config, LANGUAGE_FORMATS)
     metrics = {"train.metric": config.train.metric}
     if config.teacher.fine_tune is not None:
         metrics["teacher.fine_tune.metric"] = config.teacher.fine_tune.metric
@@ -153,6 +159,13 @@ def check_other_task(config: Any) -> None:
     """Raises ValueError for a setting that means nothing with another task than causal_lm."""
     if name := _first_set(config, OWN):
         raise ValueError(f"{name} means nothing with task: {config.task}; remove it, or set task: causal_lm")
+    _check_formats(config, CLASS_FORMATS)
+
+
+def _check_formats(config: Any, known: tuple[str, ...]) -> None:
+    foreign = [name for name in config.export.formats if name not in known] if config.export else []
+    if foreign:
+        raise ValueError(f"export.formats: found {foreign[0]}, with task: {config.task} use {', '.join(known)}")
 
 
 def _first_set(config: Any, names: dict[str, tuple[str, ...]]) -> str | None:

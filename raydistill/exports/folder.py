@@ -20,7 +20,7 @@ import torch
 
 from raydistill.adapters import whole
 from raydistill.errors import UserError, first_line
-from raydistill.exports.onnx_file import ONNX_FILE, OnnxClassifier, check_onnx, quantise_onnx, write_onnx
+from raydistill.exports.onnx_file import ONNX_FILE, OnnxModel, check_onnx, quantise_onnx, write_onnx
 from raydistill.exports.torchao_weights import check_torchao, write_torchao
 from raydistill.models.folders import weight_files
 from raydistill.models.loading import count_parameters
@@ -134,7 +134,7 @@ class ExportSource(ModelSource):
         folder = self.folder()
         if (folder / ONNX_FILE).is_file():
             check_onnx()
-            return OnnxClassifier(folder / ONNX_FILE).eval()
+            return OnnxModel(folder / ONNX_FILE).eval()
         if "torchao" in self.facts()["format"]:
             check_torchao()
         return super().load(torch.bfloat16 if self.facts()["format"] == "safetensors-bf16" else dtype)

@@ -1,6 +1,7 @@
-"""A classifier as an ONNX file: in float32, or with weights and activations of matrix products in 8 bits.
+"""A model as an ONNX file: in float32, or with weights and activations of matrix products in 8 bits.
 
-The file takes input_ids and attention_mask, int64 (N, T), and gives logits, float32 (N, K).
+The file takes input_ids and attention_mask, int64 (N, T), and gives logits: of a classifier float32 (N, K), of a
+language model (N, T, V), all of them computed anew at each call.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def check_onnx() -> None:
 
 
 class _Logits(torch.nn.Module):
-    """A classifier with tensors alone at both ends."""
+    """A model with tensors alone at both ends."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -49,9 +50,13 @@ class _Logits(torch.nn.Module):
 
 
 def write_onnx(model: Any, path: Path) -> None:
-    """Writes a float32 classifier, for any number of rows and tokens. Raises UserError for one that is too large."""
+    """Writes a float32 model, for any number of rows and tokens. Raises UserError for one that is too large, or whose
+    code cannot be traced.
+    """
     import onnx
 
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
     size_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size_bytes > MAX_BYTES:
         raise UserError(
@@ -133,7 +138,7 @@ def quantise_onnx(source: Path, path: Path, *, rows: list[dict[str, npt.NDArray[
             quantize_static(str(ready), str(path), Rows(), **options)
 
 
-class OnnxClassifier(torch.nn.Module):
+class OnnxModel(torch.nn.Module):
     """An ONNX file that is called as a classifier of transformers is; it computes on the CPU.
 
     It takes as many threads as torch has when it is opened.

@@ -1,4 +1,4 @@
-"""A classifier with the weights of its linear layers in 8 bits, by the torchao library.
+"""A model with the weights of its linear layers in 8 bits, by the torchao library.
 
 Products are computed in the model's own precision, so that this saves memory and not arithmetic.
 """
@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from raydistill.adapters import is_language_model, linear_layers
 from raydistill.errors import UserError
 from raydistill.models.loading import load_quantised
+from raydistill.students.blocks import is_transposed
 
 
 def check_torchao() -> None:
@@ -22,6 +24,15 @@ def check_torchao() -> None:
         )
 
 
+def check_torchao_model(model: Any) -> None:
+    """Raises UserError for a model, which may be without weights, whose layers the library would leave as they are."""
+    if any(is_transposed(model.get_submodule(name)) for name in linear_layers(model)):
+        raise UserError(
+            f"export.formats: torchao-int8: the layers of {type(model).__name__} are no linear layers of torch and stay"
+            " as they are. Use safetensors-bf16"
+        )
+
+
 def write_torchao(model: Any, folder: Path) -> None:
     """Writes configuration and safetensors of the quantised model, which transformers loads as any other.
 
@@ -29,9 +40,11 @@ def write_torchao(model: Any, folder: Path) -> None:
     """
     from torchao.quantization import Int8WeightOnlyConfig, PerRow  # pyright: ignore[reportMissingImports]
 
+    check_torchao_model(model)
     with tempfile.TemporaryDirectory() as whole:
         model.save_pretrained(whole)
         quantised = load_quantised(
-            "export.formats: torchao-int8", Path(whole), Int8WeightOnlyConfig(granularity=PerRow())
-        )
+            "export.formats: torchao-int8", Path(whole), Int8WeightOnlyConfig(granularity=PerRow()),
+            language=is_language_model(model),
+        )  # fmt: skip
     quantised.save_pretrained(str(folder))

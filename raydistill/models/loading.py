@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from logging import ERROR, LogRecord, getLogger
 from pathlib import Path
@@ -110,14 +112,31 @@ def empty_language_model(setting: str, folder: Path) -> Any:
     return _loaded(setting, folder, make, LANGUAGE_MODEL)
 
 
-def load_quantised(setting: str, folder: Path, scheme: Any) -> Any:
-    """The classifier in a folder with the weights of its linear layers quantised by a torchao configuration."""
-    from transformers import AutoModelForSequenceClassification, TorchAoConfig
+def load_quantised(setting: str, folder: Path, scheme: Any, *, language: bool = False) -> Any:
+    """The model in a folder with the weights of its linear layers quantised by a torchao configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TorchAoConfig
 
-    chosen = TorchAoConfig(scheme)
-    return _load(
-        setting, folder, AutoModelForSequenceClassification, dtype=torch.float32, quantization_config=chosen
-    ).eval()
+    kind = AutoModelForCausalLM if language else AutoModelForSequenceClassification
+    return _load(setting, folder, kind, dtype=torch.float32, quantization_config=TorchAoConfig(scheme)).eval()
+
+
+def load_gguf(setting: str, folder: Path, file: str) -> Any:
+    """The language model in a GGUF file, in float32 and eval mode, with the configuration that stands in its folder.
+
+    Llama and Mistral, which are one to the file, are made by the sizes in it. Raises UserError when it does not load.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def load() -> Any:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        known = {} if config.model_type in ("llama", "mistral") else {"config": config}
+        return AutoModelForCausalLM.from_pretrained(
+            str(folder), gguf_file=file, local_files_only=True, dtype=torch.float32, **known
+        )
+
+    quiet_transformers()
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that transformers has no switch for
+        return _loaded(setting, folder, load, LANGUAGE_MODEL).eval()
 
 
 def _load(setting: str, folder: Path, kind: Any, **options: Any) -> Any:

@@ -5,11 +5,13 @@ A file is written to a temporary folder, loaded again as it will be deployed, an
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +44,8 @@ def export_part(format_name: str) -> str:
 
 
 def check_export(config: Config) -> None:
-    """Raises UserError for a format whose package is not installed."""
-    for format_name in config.export.formats if config.export else ():
+    """Raises UserError for a format of classifiers whose package is not installed."""
+    for format_name in config.export.formats if config.export and config.task != "causal_lm" else ():
         check_packages(format_name)
 
 
@@ -59,21 +61,50 @@ def export_plan(config: Config, format_name: str, student: Manifest) -> Plan:
     inputs = {"student": student.fingerprint, "data.max_length": config.data.max_length}
     skip = ("formats",) if format_name == "onnx-int8-static" else ("formats", "calibration_rows")
     if format_name in EXACT:
-        skip = (*skip, "min_agreement", "max_accuracy_loss")
+        skip = (*skip, "min_agreement", "max_accuracy_loss", "max_perplexity_rise")
     return Plan(
         export_part(format_name),
         {**inputs, **{f"export.{name}": value for name, value in identity(config.export, skip=skip).items()}},
     )
 
 
-def export(config: Config, run: Run, progress: Progress) -> list[Manifest]:
-    """Writes every format that the config asks for and that is not there; their manifests.
+class Exam(Protocol):
+    """A task's student, and the rows that every file of it is compared on."""
+
+    splits: tuple[str, ...]  # that the rows are of
+
+    def write(self, format_name: str, folder: Path) -> None:
+        """Writes the student into a new folder. Raises UserError for what the format cannot hold."""
+        ...
+
+    def source(self, format_name: str, folder: Path) -> ExportSource:
+        """What was written, as it will be loaded."""
+        ...
+
+    def compare(self, written: ExportSource) -> dict[str, Any]:
+        """How far it is from the student, loaded again as it will be deployed."""
+        ...
+
+    def problem(self, format_name: str, facts: dict[str, Any]) -> str | None:
+        """Why a file is not kept, None for one that is."""
+        ...
+
+    def commands(self, format_name: str, folder: str) -> list[str]:
+        """What is typed to serve it."""
+        ...
+
+
+def export(
+    config: Config, run: Run, progress: Progress, exam: Callable[[Config, Run, Path], Exam] | None = None
+) -> list[Manifest]:
+    """Writes every format that the config asks for and that is not there; their manifests. `exam` is a classifier's.
 
     Raises UserError, after all were tried, for the first that does not answer as the student does.
     """
     assert config.export is not None
-    student, compared, problems, found = run.require("student"), None, [], []
+    student, problems, found = run.require("student"), [], []
     with tempfile.TemporaryDirectory() as scratch:
+        made = functools.cache(lambda: (exam or ClassExam)(config, run, Path(scratch)))
         for format_name in config.export.formats:
             plan = export_plan(config, format_name, student)
             manifest = run.standing(export_part(format_name), plan)
@@ -82,14 +113,15 @@ def export(config: Config, run: Run, progress: Progress) -> list[Manifest]:
                 found.append(manifest)
                 continue
             progress.check()
-            compared = compared or Rows.of(config, run)
             try:
-                manifest = _export(config, run, format_name, plan, compared, Path(scratch))
+                manifest = _export(run, format_name, plan, made())
             except NotAsTheStudent as problem:
                 progress.say(f"export: {format_name} was not kept: {problem}")
                 problems.append(problem)
                 continue
             progress.say(f"export: {format_name}, {size(manifest.facts['size_bytes'])}, {in_words(manifest.facts)}")
+            for line in made().commands(format_name, run.store.where(export_part(format_name))):
+                progress.say(f"export: to serve it: {line}")
             found.append(manifest)
     if problems:
         raise problems[0]
@@ -100,38 +132,85 @@ class NotAsTheStudent(UserError):
     """An exported file answers otherwise than the student, by more than is allowed."""
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows that every file is compared on, N of them, and what the student says of them."""
+def _export(run: Run, format_name: str, plan: Plan, exam: Exam) -> Manifest:
+    """Writes, loads again, compares and commits one file; nothing stays of one that is not kept."""
+    part = export_part(format_name)
+    staged = run.store.staging(part)
+    try:
+        with naming(staged):
+            exam.write(format_name, staged)
+            (staged / "plan.json").write_bytes(plan.sealed())
+        written = exam.source(format_name, staged)
+        facts = exam.compare(written)
+        if problem := exam.problem(format_name, facts):
+            raise NotAsTheStudent(f"export.formats: {format_name}: {problem}")
+        facts |= {"format": format_name, "splits": list(exam.splits)}
+        facts["size_bytes"] = sum(path.stat().st_size for path in written.weights())
+        return commit_folder(run.store, staged, part, plan.fingerprint, facts)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
-    job: ScoringJob
-    texts: list[str]
-    labels_N: npt.NDArray[np.integer]
-    logits_NK: npt.NDArray[np.float32]
-    splits: tuple[str, ...]
 
-    @staticmethod
-    def of(config: Config, run: Run) -> Rows:
-        """The first rows of test, and of the splits after it where it has too few."""
+class ClassExam:
+    """A classifier as its files are written and compared: rows of test, N of them, and what the student says of them.
+
+    Where test has too few rows, validation's and train's come after them. `scratch` is a folder that keeps what several
+    formats are made from.
+    """
+
+    def __init__(self, config: Config, run: Run, scratch: Path) -> None:
         assert config.export is not None
-        data = run.require("data")
-        source = made_here("student", run)
-        job = replace(
+        self._config, self._run, self._scratch = config, run, scratch
+        data, self._source = run.require("data"), made_here("student", run)
+        self._job = replace(
             teacher_job(config, run, data, folder="", fingerprint="", dtype="float32"),
-            source=source,
+            source=self._source,
             codec="",
             rows=None,
         )
-        texts, labels, splits, wanted = [], [], [], config.export.rows
+        self._texts, labels, splits = [], [], []
         for split in COMPARED:
             for shard in read_split(run.home("data"), data.shards(split)):
-                taken = wanted - len(texts)
+                taken = config.export.rows - len(self._texts)
                 if taken > 0:
-                    texts += shard.texts[:taken]
+                    self._texts += shard.texts[:taken]
                     labels.append(shard.labels_N[:taken])
                     splits.append(split)
-        logits_NK = _logits(job, texts)
-        return Rows(job, texts, np.concatenate(labels), logits_NK, tuple(dict.fromkeys(splits)))
+        self._labels_N, self.splits = np.concatenate(labels), tuple(dict.fromkeys(splits))
+        self._logits_NK = _logits(self._job, self._texts)
+
+    def write(self, format_name: str, folder: Path) -> None:
+        config, source = self._config, self._source
+        tokenizer = load_tokenizer(source.folder(), source.setting)
+        calibration = _calibration(config, self._run, tokenizer) if format_name == "onnx-int8-static" else None
+        write_export(
+            source.load(), tokenizer, folder, format_name, max_length=config.data.max_length,
+            multi_label=config.task == "multi_label", calibration=calibration, scratch=self._scratch,
+        )  # fmt: skip
+
+    def source(self, format_name: str, folder: Path) -> ExportSource:
+        return ExportSource(f"export.formats: {format_name}", str(folder))
+
+    def compare(self, written: ExportSource) -> dict[str, Any]:
+        """The largest difference of a logit, agreement, both accuracies."""
+        logits_NK, measures = _logits(replace(self._job, source=written), self._texts), measures_of(self._labels_N)
+        accuracy = {
+            name: measures.metrics(values, self._labels_N, 1.0)["accuracy"]
+            for name, values in (("accuracy", logits_NK), ("student_accuracy", self._logits_NK))
+        }
+        return {
+            "rows": len(self._labels_N),
+            "difference": float(np.abs(logits_NK - self._logits_NK).max()),
+            "agreement": float(measures.same(logits_NK, self._logits_NK).mean()),
+            **accuracy,
+        }
+
+    def problem(self, format_name: str, facts: dict[str, Any]) -> str | None:
+        assert self._config.export is not None
+        return _problem(self._config.export, format_name, facts)
+
+    def commands(self, format_name: str, folder: str) -> list[str]:
+        return []
 
 
 def _logits(job: ScoringJob, texts: list[str]) -> npt.NDArray[np.float32]:
@@ -139,31 +218,6 @@ def _logits(job: ScoringJob, texts: list[str]) -> npt.NDArray[np.float32]:
     scorer = Scorer(job, device="cpu")
     tokenizer = load_tokenizer(job.source.folder(), job.source.setting)
     return scorer.logits(tokenise(tokenizer, texts, job.max_length))
-
-
-def _export(config: Config, run: Run, format_name: str, plan: Plan, rows: Rows, scratch: Path) -> Manifest:
-    """Writes, loads again, compares and commits one file; nothing stays of one that is not kept."""
-    assert config.export is not None
-    part, source = export_part(format_name), made_here("student", run)
-    staged = run.store.staging(part)
-    try:
-        tokenizer = load_tokenizer(source.folder(), source.setting)
-        calibration = _calibration(config, run, tokenizer) if format_name == "onnx-int8-static" else None
-        with naming(staged):
-            write_export(
-                source.load(), tokenizer, staged, format_name, max_length=config.data.max_length,
-                multi_label=config.task == "multi_label", calibration=calibration, scratch=scratch,
-            )  # fmt: skip
-            (staged / "plan.json").write_bytes(plan.sealed())
-        written = ExportSource(f"export.formats: {format_name}", str(staged))
-        facts = compare(rows, _logits(replace(rows.job, source=written), rows.texts))
-        if problem := _problem(config.export, format_name, facts):
-            raise NotAsTheStudent(f"export.formats: {format_name}: {problem}")
-        facts |= {"format": format_name, "splits": list(rows.splits)}
-        facts["size_bytes"] = sum(path.stat().st_size for path in written.weights())
-        return commit_folder(run.store, staged, part, plan.fingerprint, facts)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
 
 
 def _calibration(config: Config, run: Run, tokenizer: Any) -> list[dict[str, npt.NDArray[np.int64]]]:
@@ -181,21 +235,6 @@ def _calibration(config: Config, run: Run, tokenizer: Any) -> list[dict[str, npt
         ids = tokens.row(number).astype(np.int64)[None]
         found.append({"input_ids": ids, "attention_mask": np.ones_like(ids)})
     return found
-
-
-def compare(rows: Rows, logits_NK: npt.NDArray[np.float32]) -> dict[str, Any]:
-    """How far a file's logits are from the student's: the largest difference, agreement, both accuracies."""
-    measures = measures_of(rows.labels_N)
-    accuracy = {
-        name: measures.metrics(values, rows.labels_N, 1.0)["accuracy"]
-        for name, values in (("accuracy", logits_NK), ("student_accuracy", rows.logits_NK))
-    }
-    return {
-        "rows": len(rows.labels_N),
-        "difference": float(np.abs(logits_NK - rows.logits_NK).max()),
-        "agreement": float(measures.same(logits_NK, rows.logits_NK).mean()),
-        **accuracy,
-    }
 
 
 def _problem(asked: Export, format_name: str, facts: dict[str, Any]) -> str | None:
@@ -219,6 +258,11 @@ def _problem(asked: Export, format_name: str, facts: dict[str, Any]) -> str | No
 
 def in_words(facts: dict[str, Any]) -> str:
     """What the comparison found."""
+    if "perplexity" in facts:
+        return (
+            f"perplexity {facts['perplexity']:.5g} (student {facts['student_perplexity']:.5g}), KL to the student"
+            f" {facts['kl']:.2g}, {facts['agreement']:.2%} of {facts['positions']:,} next tokens as by the student"
+        )
     return (
         f"largest difference of a logit {facts['difference']:.2g}, {facts['agreement']:.2%} of {facts['rows']:,} rows"
         f" answered as by the student, accuracy {facts['accuracy']:.2%} (student {facts['student_accuracy']:.2%})"

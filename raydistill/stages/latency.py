@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from raydistill.data.tokens import load_tokenizer, pack_by_length, pad, tokenise
-from raydistill.exports.onnx_file import OnnxClassifier
+from raydistill.exports.onnx_file import OnnxModel
 from raydistill.models.source import ModelSource
 from raydistill.stages.scoring import DTYPES, TOKENS_PER_BATCH
 
@@ -44,7 +44,7 @@ class Loaded:
         self.memory_bytes = _memory_bytes(source, self.model)
         self._device, self._max_length = device, max_length
         self._bare = None
-        if isinstance(self.model, OnnxClassifier):
+        if isinstance(self.model, OnnxModel):
             self._bare = copy.deepcopy(self.tokenizer.backend_tokenizer)
             self._bare.no_padding()
             self._bare.enable_truncation(max_length, direction=self.tokenizer.truncation_side)

@@ -14,7 +14,7 @@ from raydistill.record.run import Run, open_run, part_of
 from raydistill.stages.check_search import check_search, check_search_stands
 from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.compared import check_compared
-from raydistill.stages.export import check_export, export
+from raydistill.stages.export import check_export
 from raydistill.stages.extra_sets import check_sets
 from raydistill.stages.language.synthesis import answer_prompts
 from raydistill.stages.language.text_plan import answers_plan
@@ -67,7 +67,7 @@ def run_stages(
             if "train" in stages:
                 train(config, run, resources, progress)
             if "export" in stages and config.export is not None:
-                export(config, run, progress)
+                task.export(config, run, progress)
             return task.evaluate(config, run, resources, progress) if "evaluate" in stages else None
 
 

@@ -10,10 +10,11 @@ from raydistill.config.run import Config
 from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
-from raydistill.stages import evaluate, preflight, prepare, teach
+from raydistill.stages import evaluate, export, preflight, prepare, teach
 from raydistill.stages.cluster import Resources
 from raydistill.stages.language import checks as language_checks
 from raydistill.stages.language import evaluate as language_evaluate
+from raydistill.stages.language import export as language_export
 from raydistill.stages.language import prepare as language_prepare
 from raydistill.stages.language import survey as language_survey
 from raydistill.stages.language import teach as language_teach
@@ -50,6 +51,7 @@ class Task:
     cost: Callable[[Config, Run, Any], Cost]
     cache_plan: Callable[[Config, Run, Manifest, Resources], Plan]
     teach: Callable[[Config, Run, Resources, Progress], Manifest]
+    export: Callable[[Config, Run, Progress], list[Manifest]]
     evaluate: Callable[[Config, Run, Resources, Progress], dict[str, Any]]
 
 
@@ -62,6 +64,7 @@ CLASSES = Task(
     cost=preflight.run_cost,
     cache_plan=teach.cache_plan,
     teach=teach.teach,
+    export=export.export,
     evaluate=evaluate.evaluate,
 )
 LANGUAGE = Task(
@@ -73,6 +76,7 @@ LANGUAGE = Task(
     cost=language_checks.language_cost,
     cache_plan=language_teach.next_tokens_plan,
     teach=language_teach.teach_next_tokens,
+    export=language_export.export_language,
     evaluate=language_evaluate.evaluate_language,
 )
 

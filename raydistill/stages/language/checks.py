@@ -20,6 +20,7 @@ from raydistill.models.folders import find_model, refuse_adapter
 from raydistill.models.loading import empty_language_model
 from raydistill.record.run import Run
 from raydistill.stages.adapted import check_adapters
+from raydistill.stages.language.export import check_language_export
 from raydistill.stages.language.objective import token_objective
 from raydistill.stages.language.surveyed import SurveyedTexts
 from raydistill.stages.language.teach import SPLITS, next_tokens
@@ -50,6 +51,7 @@ def check_language_models(config: Config, run: Run, labels: list[str]) -> None:
     if config.student.lora:
         check_adapters(config.student.lora, lambda: student)
     check_unfreezing(config, lambda: student)
+    check_language_export(config, student, folder)
     check_losses(config)
 
 
@@ -123,6 +125,7 @@ class LanguageCost:
     answers: int  # to each of them
     answer_tokens: int  # of an answer at most
     own_teachers: int = 0  # stages whose teacher is the student as the one before left it
+    exports: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         scored = sum(self.counts[split]["rows"] for split in SPLITS if split in self.counts)
@@ -142,6 +145,7 @@ class LanguageCost:
             ),
             f"optimiser steps at most: {steps}",
             *self._student_lines(scored),
+            *([f"export: {', '.join(self.exports)}, each compared with the student"] if self.exports else []),
         ]
 
     def _answer_lines(self) -> list[str]:
@@ -175,11 +179,12 @@ def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> L
         folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
         each = 2 * (vocabulary if kept.codec == "dense" else shape_of(folder).width)
     own = config.train.seeds * sum(stage.own_teacher for stage in training_stages("student", config))
+    exports = config.export.formats if config.export else ()
     learnt = student_splits(config)
     tokens = sum(counts[split]["tokens"] for split in learnt if split in counts)
     tokens += answers * config.data.max_length * sum(asked.get(split, 0) for split in learnt)
     steps = _steps(config, of_teacher=counts["train"]["tokens"], of_student=tokens)
-    return LanguageCost(counts, kept.codec, positions * each, steps, asked, answers, longest, own)
+    return LanguageCost(counts, kept.codec, positions * each, steps, asked, answers, longest, own, exports)
 
 
 def _steps(config: Config, *, of_teacher: int, of_student: int) -> dict[str, int]:
