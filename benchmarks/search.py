@@ -6,7 +6,7 @@
 `train` trains two grids of students to their end and keeps validation's and test's metrics after every epoch: `loss`
 has 18 points (temperature 2, 4, 6 x alpha 0.5, 0.7, 0.9 x features off and on), `rate` 64 (four temperatures x alphas x
 learning rates). Data, teacher and cache are the demo's, made below --out once, or with --base those of another run,
-whose cache must hold features for `loss`. Each seed draws its share of the rows (0.2), its first weights and the order
+whose cache must hold features for `loss`. Each seed draws its share of the rows (--fraction, 0.2), its first weights and the order
 in which points are tried. It may be stopped, and goes on.
 
 What a trial reaches does not depend on the others, so that `table` can ask what each rule would have found: the rules
@@ -102,12 +102,12 @@ def base_run(arguments: argparse.Namespace) -> Path:
     return arguments.out / "base"
 
 
-def grid_config(base: Path, out: Path, name: str, seed: int, changes: list[str]) -> Config:
+def grid_config(base: Path, out: Path, name: str, seed: int, changes: list[str], fraction: float = 0.2) -> Config:
     """The search that tries every point of a grid to its end."""
     settings = load_config(base / "config.yaml", changes).model_dump(mode="json", exclude_none=True)
     settings["train"]["seed"] = seed
     settings["teacher"]["cache_from"] = str(base)
-    tune = {"space": GRIDS[name], "search": "grid", "scheduler": "none", "seed": seed}
+    tune = {"space": GRIDS[name], "search": "grid", "scheduler": "none", "seed": seed, "data_fraction": fraction}
     named = {"name": f"{name}-{seed}", "storage": str(out / "grids"), "tune": tune}
     return validate(settings | named, {}, "benchmarks/search.py")
 
@@ -281,13 +281,17 @@ def main() -> None:
     )
     parser.add_argument("--grid", choices=[*GRIDS], help="absent: both")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--fraction", type=float, default=0.2, help="share of train's rows; another --out for each")
     arguments = parser.parse_args()
     arguments.out = arguments.out.resolve()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
     base = base_run(arguments)
     for name in [arguments.grid] if arguments.grid else GRIDS:
-        configs = [grid_config(base, arguments.out, name, seed, arguments.set) for seed in range(arguments.seeds)]
+        configs = [
+            grid_config(base, arguments.out, name, seed, arguments.set, arguments.fraction)
+            for seed in range(arguments.seeds)
+        ]
         if arguments.what == "train":
             for config in configs:
                 train_grid(config)
