@@ -6,8 +6,8 @@
 `train` trains two grids of students to their end and keeps validation's and test's metrics after every epoch: `loss`
 has 18 points (temperature 2, 4, 6 x alpha 0.5, 0.7, 0.9 x features off and on), `rate` 64 (four temperatures x alphas x
 learning rates). Data, teacher and cache are the demo's, made below --out once, or with --base those of another run,
-whose cache must hold features for `loss`. Each seed draws its share of the rows (--fraction, 0.2), its first weights and the order
-in which points are tried. It may be stopped, and goes on.
+whose cache must hold features for `loss`. Each seed draws its share of the rows (--fraction, 0.2), its first weights
+and the order in which points are tried. It may be stopped, and goes on.
 
 What a trial reaches does not depend on the others, so that `table` can ask what each rule would have found: the rules
 of raydistill/search decide over the curves as they do in a search. For each it has the student's optimiser steps as a
