@@ -34,6 +34,8 @@ ONLY = {
     "ray": {"stages", "jobs"},
     "peft": {"adapters"},
     "optuna": {"search"},
+    "wandb": {"stages"},
+    "mlflow": {"stages"},
     "onnx": {"exports"},
     "onnxruntime": {"exports"},
     "torchao": {"exports"},

@@ -163,6 +163,9 @@ class Tune(Section):
     max_concurrent: int | None = Speed(
         None, ge=1, le=4096, description="processes at once, each with a trial or a fused group; absent: what fits"
     )
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = Speed(
+        (), description="where each trial is logged as a run of its own; keys and addresses come from the environment"
+    )
     time_budget: float | None = Speed(None, gt=0, description="seconds after which a search ends with what it has")
 
     @property

@@ -21,6 +21,7 @@ from raydistill.stages.language.text_plan import answers_plan
 from raydistill.stages.preflight import check_plans, check_resources
 from raydistill.stages.progress import Progress
 from raydistill.stages.tasks import Cost, Surveyed, task_of
+from raydistill.stages.trackers import check_trackers
 from raydistill.stages.train import train
 from raydistill.stages.tune import tune
 from raydistill.stages.winner import winning_config
@@ -90,6 +91,8 @@ def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress)
         task.check_models(config, run, labels)
         if config.tune is not None:
             check_search(config, run, labels)
+            if "tune" in stages:
+                check_trackers(config, run)
     if "evaluate" in stages:
         check_compared(config, labels)
         check_sets(config, labels)
@@ -127,6 +130,7 @@ def plan(config: Config, progress: Progress) -> Cost:
     task.check_models(config, run, labels)
     if config.tune is not None:
         check_search(config, run, labels)
+        check_trackers(config, run)
     check_export(config)
     check_compared(config, labels)
     check_sets(config, labels)

@@ -28,6 +28,7 @@ from raydistill.stages.search_tables import table_files, write_hparams
 from raydistill.stages.teachers import teacher_source
 from raydistill.stages.training_job import TrainingRequest, training_plan
 from raydistill.stages.trial import Trials
+from raydistill.stages.trial_logs import TrialLogs
 from raydistill.stages.trial_runs import run_trials
 
 FOLDER = "tune"
@@ -43,22 +44,35 @@ def tune(config: Config, run: Run, resources: Resources, progress: Progress) -> 
     manifest = run.begin("tune", plan)
     if manifest is not None and _is_enough(config, manifest):
         progress.say(f"tune: complete, {result(manifest)}")
+        TrialLogs(config, run, progress.say).close()
         return manifest
-    source = teacher_source(config, run)
-    trials = Trials(config, run, resources, source, draw_rows(config, run))
-    search = Search(
-        trials, lambda trial: progress.note(_line(config, trial)), lambda line: progress.say(f"tune: {line}")
-    )  # fmt: skip
-    if search.next() is not None:  # else all that is missing is the summary
-        with progress.showing(lambda: overview(search, config.train.choose)):
-            run_trials(search, trials, resources, progress)
-    assert search.is_over or search.has_run_out_of_time
+    search = _searched(config, run, resources, progress)
     if manifest is not None:
         run.store.remove(f"{FOLDER}/{MANIFEST}")  # its tables are about to be written anew
     manifest = _commit(config, run, plan, search)
     progress.say(f"tune: {result(manifest)}")
     _say_where(run, progress)
     return manifest
+
+
+def _searched(config: Config, run: Run, resources: Resources, progress: Progress) -> Search:
+    """The search at its end: every trial trained that is not, as far as time goes."""
+    logs = TrialLogs(config, run, progress.say)
+
+    def told(trial: Trial) -> None:
+        progress.note(_line(config, trial))
+        logs.told(trial)
+
+    trials = Trials(config, run, resources, teacher_source(config, run), draw_rows(config, run))
+    search = Search(trials, told, lambda line: progress.say(f"tune: {line}"))
+    try:
+        if search.next() is not None:  # else all that is missing is the summary
+            with progress.showing(lambda: overview(search, config.train.choose)):
+                run_trials(search, trials, resources, progress)
+    finally:
+        logs.close()
+    assert search.is_over or search.has_run_out_of_time
+    return search
 
 
 def tune_plan(config: Config, run: Run, resources: Resources) -> Plan:
