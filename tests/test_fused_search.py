@@ -84,6 +84,27 @@ def test_a_killed_fused_search_goes_on_to_the_same(runs, fused: tuple[Path, dict
     assert not list(folder.glob("tune/**/checkpoints"))
 
 
+def test_a_generation_is_shared_by_the_processes_there_are(runs, fused: tuple[Path, dict[str, Any]]):
+    folder, answer = searched(runs, FUSED | {"train.workers": 2})  # of a cluster of two CPUs then
+    assert answer["error"] is None
+    assert groups(folder) == [[0, 1], [2, 3]]
+    same(folder, fused[0])
+
+
+def test_a_search_goes_on_where_more_can_run_at_once(runs):
+    tpe = {"tune.search": "tpe", "tune.space": {"train.learning_rate": {"loguniform": [1e-3, 1e-2]}}}
+    changes = FUSED | tpe | {"tune.trials": 8, "train.epochs": 2}
+    whole, answer = searched(runs, changes)
+    assert answer["error"] is None
+    assert groups(whole) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    commits = [n for n, name in enumerate(answer["operations"]) if name == "rename group.json"]
+    folder, killed = searched(runs, changes, fault=f"{commits[1] - 1}:kill")
+    assert killed == {"exit": -9}
+    assert runs.run(folder, "tune", changes=changes | {"train.workers": 2})["error"] is None
+    assert groups(folder) == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    same(folder, whole)
+
+
 def test_trials_that_share_no_batches_are_in_groups_of_their_own(runs):
     space = {"train.learning_rate": {"choice": [1e-3, 1e-2]}, "train.batch_size": {"choice": [8, 16, 27]},
              "train.seed": {"choice": [0, 1]}}  # fmt: skip
@@ -241,6 +262,16 @@ def config(**tune: Any) -> Config:
         ({"space": TEMPERATURE, "trials": 26}, 4),
         ({"space": TEMPERATURE, "trials": 24, "fused_members": 3}, 9),  # 3, 3 and 2 of each 8
         ({"space": TEMPERATURE, "trials": 24, "fused": False}, 0),
+        ({"space": TEMPERATURE, "trials": 24, "max_concurrent": 2}, 6),  # two of each 8, which is all that tpe knows
+        ({"space": TEMPERATURE, "trials": 24, "max_concurrent": 2, "search": "random"}, 3),
+        ({"space": TEMPERATURE, "trials": 24, "max_concurrent": 4, "search": "random"}, 6),
+        ({"space": TEMPERATURE, "trials": 24, "max_concurrent": 3, "fused_members": 3}, 9),
+        ({"space": TEMPERATURE, "trials": 8, "max_concurrent": 3, "search": "random"}, 3),
+        ({"space": TEMPERATURE, "trials": 8, "max_concurrent": 7}, 1),  # six are trained alone
+        ({"space": TEMPERATURE, "trials": 8, "max_concurrent": 8}, 0),
+        ({"space": TEMPERATURE, "trials": 8, "max_concurrent": 8, "fused": True}, 4),
+        ({"space": SIZE | RATE, "search": "grid", "max_concurrent": 2}, 2),
+        ({"space": SIZE | RATE, "search": "grid", "max_concurrent": 3}, 1),
         ({"space": SIZE, "search": "grid"}, 0),
         ({"space": SIZE | RATE, "search": "grid"}, 2),
         ({"space": SIZE | TEMPERATURE, "trials": 24}, None),
@@ -253,10 +284,19 @@ def test_the_groups_that_plan_announces(tune: dict[str, Any], expected: int | No
 @pytest.mark.parametrize(
     ("tune", "changes", "part"),
     [
-        ({"space": TEMPERATURE, "trials": 24}, {}, "24 trials (3 fused groups of up to 8), 480 steps at most"),
+        (
+            {"space": TEMPERATURE, "trials": 24, "search": "random"}, {},
+            "24 trials (3 fused groups of up to 8), 480 steps at most",
+        ),
+        (
+            {"space": TEMPERATURE, "trials": 24}, {},
+            "24 trials (3 fused groups of up to 8, or smaller ones where processes would wait), 480 steps at most",
+        ),
+        ({"space": TEMPERATURE, "trials": 24, "max_concurrent": 2}, {}, "24 trials (6 fused groups of up to 8), 480"),
         ({"space": SIZE | TEMPERATURE, "trials": 24}, {}, "(fused in groups of up to 8 that differ in nothing else"),
         ({"space": SIZE, "search": "grid"}, {}, "(each alone: train.batch_size: 16 differs from 8; fused trials share"),
         ({"space": TEMPERATURE, "trials": 24, "fused": False}, {}, "(each alone: tune.fused: false)"),
+        ({"space": TEMPERATURE, "trials": 8, "max_concurrent": 8}, {}, "(each alone: tune.max_concurrent: 8 of them"),
         ({"space": TEMPERATURE, "trials": 24}, {"hidden_size": 1024, "num_heads": 16}, "alone: student: 1024 units"),
     ],
 )  # fmt: skip

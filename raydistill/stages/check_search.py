@@ -14,13 +14,12 @@ from raydistill.losses.cached_features import serving
 from raydistill.models.folders import find_model
 from raydistill.record.fingerprint import digest
 from raydistill.record.run import Run
-from raydistill.stages.cluster import Resources
+from raydistill.stages.cluster import Resources, share_for_trials
 from raydistill.stages.feature_cache import needed_features
 from raydistill.stages.fusable import why_not_fused, why_not_together
 from raydistill.stages.preflight import check_features, check_models, skeleton_maker
 from raydistill.stages.search_cost import count_groups
 from raydistill.stages.trial import trial_config
-from raydistill.stages.trial_runs import share_for_trials
 from raydistill.stages.tune import check_count, tune_plan
 from raydistill.stages.unfreezing import check_unfreezing
 from raydistill.students.build import student_shape

@@ -119,6 +119,22 @@ def share_for_training(resources: Resources, settings: Training, setting: str) -
     return Share(settings.workers, cpus, 1 if resources.gpus else 0)
 
 
+def share_for_trials(config: Config, resources: Resources) -> Share:
+    """How many trials run at once, and what each takes. Raises UserError when what was asked for cannot fit."""
+    assert config.tune is not None
+    asked = config.tune.max_concurrent
+    cpus = config.train.cpus_per_worker or (max(1, resources.cpus // resources.gpus) if resources.gpus else 1)
+    if cpus > resources.node_cpus:
+        raise UserError(
+            f"train.cpus_per_worker: found {cpus} for a trial, the largest node has {resources.node_cpus}. Lower it"
+        )
+    room = min(resources.gpus, resources.cpus // cpus) if resources.gpus else resources.cpus // cpus
+    if asked is not None and asked > room:
+        what = f"{resources.gpus} GPUs" if resources.gpus else f"{resources.cpus} CPUs at {cpus} for each trial"
+        raise UserError(f"tune.max_concurrent: found {asked}, the cluster has {what}. Set at most {room}")
+    return Share(asked or room, cpus, 1 if resources.gpus else 0)
+
+
 def check_precision(resources: Resources, precision: str, setting: str) -> None:
     """Raises UserError for a precision that the device does not have."""
     if precision == "fp16" and not resources.gpus:
@@ -169,6 +185,14 @@ class Mailbox:
 
 
 def new_mailbox() -> Any:
-    import ray
+    return beside_driver(Mailbox)
 
-    return ray.remote(num_cpus=0)(Mailbox).remote()
+
+def beside_driver(kind: type) -> Any:
+    """A new actor on the driver's node, so that the loss of any other node leaves it as it is."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    remote: Any = ray.remote(num_cpus=0)(kind)
+    return remote.options(scheduling_strategy=here).remote()

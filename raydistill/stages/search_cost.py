@@ -26,11 +26,13 @@ class SearchCost:
     groups: int | None  # None where that depends on points that are not drawn yet
     members: int  # of a group, at most
     why_alone: str = ""  # where there are no groups
+    may_share: bool = False  # whether a group may be cut up for processes that are not known yet
 
     def line(self) -> str:
         together = f"fused in groups of up to {self.members} that differ in nothing else, as their points are drawn"
         if self.groups is not None:
             fused = f"{self.groups:,} fused group{'s' if self.groups > 1 else ''} of up to {self.members}"
+            fused += ", or smaller ones where processes would wait" if self.may_share else ""
             together = fused if self.groups else f"each alone: {self.why_alone}"
         return f"search: {self.trials:,} trials ({together}), {self.steps:,} steps at most; no teacher forward"
 
@@ -44,7 +46,9 @@ def search_cost(config: Config, rows: int, teacher_folder: Path) -> SearchCost:
     most = max(train.epochs * steps_per_epoch(share, train.batch_size) for train in trials)
     groups = count_groups(config, teacher_folder)
     why = "" if groups != 0 else _why_alone(config, teacher_folder)
-    return SearchCost(tune.num_trials, tune.num_trials * most, groups, min(tune.fused_members, tune.generation), why)
+    members = min(tune.fused_members, tune.generation)
+    may_share = tune.max_concurrent is None and (tune.search == "tpe" or tune.num_trials <= tune.generation)
+    return SearchCost(tune.num_trials, tune.num_trials * most, groups, members, why, may_share)
 
 
 def count_groups(config: Config, teacher_folder: Path) -> int | None:
@@ -53,7 +57,7 @@ def count_groups(config: Config, teacher_folder: Path) -> int | None:
     assert tune is not None
     configs = [trial_config(config, point, fused=True) for point in corners(tune.space)]
     whole = tune.model_copy(update={"fused_members": max(2, len(configs))})
-    kinds = grouped(dict(enumerate(configs)), teacher_folder, whole)
+    kinds = grouped(dict(enumerate(configs)), teacher_folder, whole)  # in one process
     if not kinds:
         return 0
     if tune.search == "grid":
@@ -64,7 +68,8 @@ def count_groups(config: Config, teacher_folder: Path) -> int | None:
         return None
     starts = range(0, tune.num_trials, tune.generation)
     generations = [dict(enumerate(configs[start : min(start + tune.generation, tune.num_trials)])) for start in starts]
-    return sum(len(grouped(generation, teacher_folder, tune)) for generation in generations)
+    processes = tune.max_concurrent or 1
+    return sum(len(grouped(generation, teacher_folder, tune, processes)) for generation in generations)
 
 
 def _why_alone(config: Config, teacher_folder: Path) -> str:
@@ -75,4 +80,7 @@ def _why_alone(config: Config, teacher_folder: Path) -> str:
         return "tune.fused: false"
     several = [trial_config(config, point, fused=True) for point in itertools.islice(corners(config.tune.space), 2)]
     shape = student_shape(several[0].student, teacher_folder)
-    return why_separate(several[0], shape, asked) or why_not_together(several) or "there is one"
+    why = why_separate(several[0], shape, asked) or why_not_together(several)
+    if why is None and config.tune.num_trials > 1:
+        why = f"tune.max_concurrent: {config.tune.max_concurrent} of them run at once"
+    return why or "there is one"

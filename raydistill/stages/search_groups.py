@@ -22,6 +22,7 @@ from raydistill.record.commit import MANIFEST
 from raydistill.record.fingerprint import digest, seal, unseal
 from raydistill.search.trials import Trial
 from raydistill.stages.checkpoints import Checkpoints
+from raydistill.stages.cluster import share_for_trials
 from raydistill.stages.fusable import why_not_together, why_separate
 from raydistill.stages.fused import GroupState
 from raydistill.stages.trial import Trials, Work, trial_config, trial_folder, trial_name
@@ -51,6 +52,7 @@ class Groups:
     def __init__(self, trials: Trials) -> None:
         assert trials.config.tune is not None
         self._trials, self._tune, self._store = trials, trials.config.tune, trials.run.store
+        self._processes = share_for_trials(trials.config, trials.resources).processes
         self._of: dict[int, Group] = {}
         self._standing: list[Group] | None = None
         self._states: dict[str, GroupState] = {}
@@ -70,7 +72,7 @@ class Groups:
                 self._of |= dict.fromkeys(group.members, group)
         free = [trial for trial in batch if trial.number not in self._of and not self._has_begun(names[trial.number])]
         configs = {t.number: trial_config(self._trials.config, t.point, fused=True) for t in free}
-        for members in grouped(configs, self._trials.source.folder(), self._tune):
+        for members in grouped(configs, self._trials.source.folder(), self._tune, self._processes):
             group = Group(tuple(members), tuple(names[number] for number in members))
             self._write(group)
             self._of |= dict.fromkeys(members, group)
@@ -123,8 +125,13 @@ class Groups:
             self._store.remove(f"{group.folder}/checkpoints")
 
 
-def grouped(configs: Mapping[int, Config], teacher_folder: Path, tune: Tune) -> list[list[int]]:
-    """Which of these trials are trained together, by their numbers: as many as may be, and two at least."""
+def grouped(
+    configs: Mapping[int, Config], teacher_folder: Path, tune: Tune, processes: int = 1
+) -> list[list[int]]:  # fmt: skip
+    """Which of these trials of a generation are trained together, by their numbers; two at least.
+
+    As many as may be, but where processes would have nothing to do: then fewer, so that each has some.
+    """
     if tune.fused is False:
         return []
     shapes: dict[str, Shape] = {}
@@ -140,12 +147,35 @@ def grouped(configs: Mapping[int, Config], teacher_folder: Path, tune: Tune) -> 
             alike.append((config, [number]))
         else:
             kin.append(number)
+    kinds = [numbers for _, numbers in alike]
+    alone = len(configs) - sum(map(len, kinds))
+    counts = _counts([len(numbers) for numbers in kinds], tune, _working_on_one(tune, processes) - alone)
     parts: list[list[int]] = []
-    for _, numbers in alike:
-        count = math.ceil(len(numbers) / tune.fused_members)
+    for numbers, count in zip(kinds, counts, strict=True):
         ends = [part * len(numbers) // count for part in range(count + 1)]
         parts += [numbers[start:end] for start, end in itertools.pairwise(ends)]
     return sorted(part for part in parts if len(part) > 1)
+
+
+def _working_on_one(tune: Tune, processes: int) -> int:
+    """How many processes a generation has for itself: all of them where the next one waits for it."""
+    generations = 1 if tune.search == "tpe" else math.ceil(tune.num_trials / tune.generation)
+    return math.ceil(processes / generations)
+
+
+def _counts(sizes: Sequence[int], tune: Tune, wanted: int) -> list[int]:
+    """In how many parts trials of so many alike are trained, so that `wanted` processes have one, as far as that goes.
+
+    With fused: true no part has less than two trials; else one may be left alone.
+    """
+    counts = [math.ceil(size / tune.fused_members) for size in sizes]
+    least = 2 if tune.fused is True else 1
+    while sum(counts) < wanted:
+        larger = [kind for kind, size in enumerate(sizes) if size // (counts[kind] + 1) >= least]
+        if not larger:
+            break
+        counts[max(larger, key=lambda kind: sizes[kind] / counts[kind])] += 1
+    return counts
 
 
 def _fingerprint(group: Group, of_members: Sequence[str]) -> str:

@@ -12,10 +12,9 @@ import time
 import uuid
 from typing import Any, ClassVar
 
-from raydistill.config.run import Config
 from raydistill.errors import Interrupted, UserError
 from raydistill.record.store import Store
-from raydistill.stages.cluster import Resources, Share, ray_storage
+from raydistill.stages.cluster import Resources, Share, beside_driver, ray_storage, share_for_trials
 from raydistill.stages.group_training import training_of
 from raydistill.stages.progress import GRACE_SECONDS, Progress
 from raydistill.stages.search import Search
@@ -23,22 +22,6 @@ from raydistill.stages.trial import Trials, Work
 
 POLL_SECONDS = 0.2
 MANY = 1_000_000  # runs that Tune may start; the search says when it is over
-
-
-def share_for_trials(config: Config, resources: Resources) -> Share:
-    """How many trials run at once, and what each takes. Raises UserError when what was asked for cannot fit."""
-    assert config.tune is not None
-    asked = config.tune.max_concurrent
-    cpus = config.train.cpus_per_worker or (max(1, resources.cpus // resources.gpus) if resources.gpus else 1)
-    if cpus > resources.node_cpus:
-        raise UserError(
-            f"train.cpus_per_worker: found {cpus} for a trial, the largest node has {resources.node_cpus}. Lower it"
-        )
-    room = min(resources.gpus, resources.cpus // cpus) if resources.gpus else resources.cpus // cpus
-    if asked is not None and asked > room:
-        what = f"{resources.gpus} GPUs" if resources.gpus else f"{resources.cpus} CPUs at {cpus} for each trial"
-        raise UserError(f"tune.max_concurrent: found {asked}, the cluster has {what}. Set at most {room}")
-    return Share(asked or room, cpus, 1 if resources.gpus else 0)
 
 
 def run_trials(search: Search, trials: Trials, resources: Resources, progress: Progress) -> None:
@@ -126,12 +109,11 @@ def _tuner(
     search: Search, trials: Trials, share: Share, store: Store, scratch: str, progress: Progress
 ) -> Any:  # fmt: skip
     """The Tuner that runs the search's trials."""
-    import ray
     from ray import tune
 
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # curves and tables are our own
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    live = Live(search, trials, progress, ray.remote(num_cpus=0)(Board).remote(), share.processes)
+    live = Live(search, trials, progress, beside_driver(Board), share.processes)
     wants: dict[str, float] = {name: count for name, count in (("CPU", share.cpus), ("GPU", share.gpus)) if count}
 
     class Stop(tune.Stopper):
