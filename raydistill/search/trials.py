@@ -24,7 +24,7 @@ class Trial:
     reason: str = ""
     steps: int = 0
     seconds: float = 0.0
-    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    facts: Mapping[str, Any] = field(default_factory=dict[str, Any])  # start_seconds: until a process's first step
 
     @property
     def has_ended(self) -> bool:

@@ -86,6 +86,7 @@ class FusedGroup:
         self._per_epoch = steps_per_epoch(self._first.epoch_rows, settings.batch_size)
         self._total = self._per_epoch * settings.epochs
         self._reports = {name: self._report_of(name, store) for name in self._state.members}
+        self.first_step_at: float | None = None  # when the first step of this process began, seconds since 1970
 
     def _built(self, build: Callable[[TrainingJob], tuple[Any, Any]]) -> tuple[Stack, Any]:
         tokenizers: list[Any] = []
@@ -216,6 +217,7 @@ class FusedGroup:
             yield steps[0][0], batches
 
     def _step(self, rows: int, batches: dict[int, Batch]) -> None:
+        self.first_step_at = self.first_step_at or time.time()
         started = time.perf_counter()
         step, settings, seeds = self._state.step, self._settings(), self._seeds()
         batch_of = [seeds.index(s.seed) for s in settings]

@@ -49,14 +49,15 @@ class GroupTraining:
 
     def _outcome(self, number: int, told: dict[str, str]) -> Outcome:
         if self._group is None:
-            return Outcome(number, (), 0, 0.0, **told)
+            return Outcome(number, (), 0, 0.0, None, **told)
         name = self._names[number]
         failed = self._group.failed.get(name, "").removeprefix(f"{self._work.jobs[number].title} training: ")
         if name not in self._group.members and not told:  # it had ended, and its record is lost
             told = {"apart": f"trial {number} ended before the others"}
         steps, seconds = self._group.taken(name)
         curve = tuple(rounded(values) for values in self._group.history[name])
-        return Outcome(number, curve, steps, seconds, **({"failed": failed} if failed else told))
+        began = self._group.first_step_at
+        return Outcome(number, curve, steps, seconds, began, **({"failed": failed} if failed else told))
 
     def close(self) -> None:
         """Lets go. All that counts was saved with the last checkpoint, and another process may have gone on from it."""

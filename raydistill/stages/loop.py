@@ -86,6 +86,7 @@ class TrainingRank:
             self.curves = WatchedCurves(self.store, job.folder, self.state.step, watch, post)
         self.meter = Meter(job.objective.part_names, self.device)
         self.has_stopped = False
+        self.first_step_at: float | None = None  # when the first step of this process began, seconds since 1970
 
     def _thaws(self) -> dict[str, int]:
         """The step from which each parameter trains, by its name here, where a schedule says so."""
@@ -129,6 +130,7 @@ class TrainingRank:
         )  # fmt: skip
 
     def _step(self, global_rows: int, batches: list[Any]) -> None:
+        self.first_step_at = self.first_step_at or time.time()
         started = time.perf_counter()
         self.engine.begin_step(self.state.step)
         torch.manual_seed(dropout_seed(self.settings.seed, self.state.step, self.rank))

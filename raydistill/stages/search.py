@@ -57,6 +57,7 @@ class Search:
         self._store: Store = trials.run.store
         self.live: set[int] = set()  # trials that are being trained now
         self._attempts: dict[int, int] = {}
+        self._given: dict[int, float] = {}  # when a new trial was given to a process, seconds since 1970
         self._ends = time.monotonic() + tune.time_budget if tune.time_budget else None
 
     @property
@@ -94,6 +95,7 @@ class Search:
         """Says that a process trains these."""
         self.processes += 1
         self.live |= set(numbers)
+        self._given |= {number: time.time() for number in numbers if not self.trials[number].curve}
 
     def update(self, outcomes: Sequence[Outcome]) -> list[int]:
         """Takes what the trials of a process reached; which of them go on there at once.
@@ -124,6 +126,8 @@ class Search:
         trial = self.trials[outcome.number]
         has_news = len(outcome.curve) > len(trial.curve)
         trial = replace(trial, curve=outcome.curve, steps=outcome.steps, seconds=round(outcome.seconds, 2))
+        if outcome.first_step_at and (given := self._given.pop(outcome.number, None)):
+            trial = replace(trial, facts={**trial.facts, "start_seconds": round(outcome.first_step_at - given, 2)})
         self.trials[outcome.number] = trial
         if outcome.failed:
             self._end(trial, "failed", outcome.failed)

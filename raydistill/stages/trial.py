@@ -73,6 +73,7 @@ class Outcome:
     curve: tuple[dict[str, float], ...]
     steps: int
     seconds: float
+    first_step_at: float | None = None  # when its process took the first step of this work, seconds since 1970
     failed: str = ""  # why it cannot go on
     problem: str = ""  # what the user must mend before any trial can
     apart: str = ""  # why it cannot be trained together with others
@@ -147,8 +148,8 @@ class TrialTraining:
         self._is_new = False
 
     def _outcome(self, **told: str) -> Outcome:
-        state = self._rank.state if self._rank is not None else State()
-        return Outcome(self._number, tuple(self._curve), state.step, state.seconds, **told)
+        state, began = (self._rank.state, self._rank.first_step_at) if self._rank is not None else (State(), None)
+        return Outcome(self._number, tuple(self._curve), state.step, state.seconds, began, **told)
 
     def close(self) -> None:
         """Lets go. All that counts was saved with the last checkpoint, and another process may have gone on from it."""
