@@ -7,9 +7,12 @@ import csv
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,10 +264,11 @@ def test_trials_learn_from_cached_features_of_the_share(runs):
     assert ["hidden_mse" in text for _, text in sorted(lines.items())] == [False, True]
 
 
-def on_ray(runs: Any, like: Path) -> tuple[Path, list[str]]:
+def on_ray(runs: Any, like: Path, **cluster: Any) -> tuple[Path, list[str]]:
     """A folder with data and cache, and the command that searches there as another folder was searched."""
     folder = runs.start("train")
-    settings = yaml.safe_load((like / "config.yaml").read_text()) | {"name": folder.name, "cluster": {"cpus": 2}}
+    cluster = cluster or {"cpus": 2}
+    settings = yaml.safe_load((like / "config.yaml").read_text()) | {"name": folder.name, "cluster": cluster}
     path = folder.parent / f"{folder.name}.yaml"
     path.write_text(yaml.safe_dump(settings))
     return folder, [sys.executable, "-m", "raydistill", "tune", str(path)]
@@ -319,6 +323,67 @@ def test_a_search_on_ray_goes_on_after_a_kill(runs, halved: tuple[Path, dict[str
     assert curves(folder) == curves(halved[0])
 
 
+@pytest.fixture
+def two_nodes() -> Iterator[tuple[str, subprocess.Popen[str], dict[str, str]]]:
+    """A cluster of two nodes of one CPU each: its address, the second node, and the environment of who connects."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    folder = tempfile.mkdtemp(prefix="rd", dir="/tmp")  # short: the names of Ray's sockets stand below it
+    environment = {**os.environ, "RAY_worker_niceness": "0", "RAY_AUTH_MODE": "disabled"}
+    shared = ["--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
+    head = ["--head", "--node-ip-address=127.0.0.1", f"--port={address.split(':')[1]}", f"--temp-dir={folder}",
+            "--include-dashboard=false"]  # fmt: skip
+    nodes: list[subprocess.Popen[str]] = []
+    try:
+        for arguments in (head, [f"--address={address}", "--node-ip-address=127.0.0.2"]):
+            command = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments, *shared]
+            with open(f"{folder}/node-{len(nodes)}.log", "w") as log:
+                nodes.append(subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment))
+            while not has_raylet(nodes[-1]):
+                assert nodes[-1].poll() is None, Path(log.name).read_text()
+                time.sleep(0.1)
+            time.sleep(2)  # until it is known to the head
+        yield address, nodes[1], environment
+    finally:
+        for node in nodes:
+            kill_tree(node)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def has_raylet(node: subprocess.Popen[str]) -> bool:
+    return any(process.name() == "raylet" for process in psutil.Process(node.pid).children(recursive=True))
+
+
+def kill_tree(node: subprocess.Popen[str]) -> None:
+    """Ends a node as a machine that loses its power does: every process of it, at once."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    node.wait(60)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_search_goes_on_after_a_node_is_killed(runs, halved: tuple[Path, dict[str, Any]], two_nodes: Any):
+    address, second, environment = two_nodes
+    folder, command = on_ray(runs, halved[0], address=address)
+    with open(folder.parent / f"{folder.name}.log", "w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, text=True, env=environment)
+        # The moment to disturb it: a trial is being trained on the second node.
+        while not trial_actors(psutil.Process(second.pid).children(recursive=True)) or not list(
+            folder.glob("tune/trials/*/checkpoints/latest.json")
+        ):
+            assert process.poll() is None, "the search ended before the moment to disturb it"
+            time.sleep(0.02)
+        kill_tree(second)
+        assert process.wait(1000) == 0, Path(log.name).read_text()
+    assert table(folder) == table(halved[0])
+    assert curves(folder) == curves(halved[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
@@ -327,6 +392,10 @@ def test_a_search_on_ray_goes_on_after_a_kill(runs, halved: tuple[Path, dict[str
         (
             {"tune.space": {"student.layers": {"choice": [[0], [5]]}}, "student": {"init": "teacher_layers"}},
             "tune.space: student.layers=[5]: student.layers: found 5",
+        ),
+        (
+            {"tune.space": {"train.stages": {"choice": [[{"name": "one"}], [{"name": "one"}, {"name": "two"}]]}}},
+            "train.stages: a search tries trainings of one stage. Remove them, or the section tune",
         ),
         ({"train.precision": "fp16"}, "train.precision: found fp16; trials are trained in bf16 or fp32"),
         ({"tune.max_concurrent": 3}, "tune.max_concurrent: found 3, the cluster has 1 CPUs at 1 for each trial"),
