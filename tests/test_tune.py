@@ -292,6 +292,8 @@ def test_trials_on_ray_tune_two_at_once_find_the_same(runs):
     done = subprocess.run(command, capture_output=True, text=True, timeout=1000, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "teacher forwards per row 1" in done.stdout
+    assert "Configuration for experiment" not in done.stdout  # Ray Tune's own tables
+    assert "View detailed results" not in done.stdout
     assert table(folder) == table(expected)
     assert curves(folder) == curves(expected)
     assert len(list(folder.glob("tune/groups/*/group.json"))) == 2

@@ -112,6 +112,7 @@ def _tuner(
     from ray import tune
 
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # curves and tables are our own
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # which prints a banner whatever `verbose` says
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     live = Live(search, trials, progress, beside_driver(Board), share.processes)
     wants: dict[str, float] = {name: count for name, count in (("CPU", share.cpus), ("GPU", share.gpus)) if count}
@@ -129,8 +130,21 @@ def _tuner(
             search_alg=_searcher(live), scheduler=_scheduler(live),
             num_samples=MANY, reuse_actors=True,
         ),
-        run_config=tune.RunConfig(name="tune", verbose=0, stop=Stop(), **ray_storage(store, scratch)),
+        run_config=tune.RunConfig(
+            name="tune", verbose=0, stop=Stop(), callbacks=[_silence()], **ray_storage(store, scratch)
+        ),
     )  # fmt: skip
+
+
+def _silence() -> Any:
+    """In the place of what would print a line for each of Tune's runs that ends."""
+    from ray.tune.progress_reporter import TrialProgressCallback
+
+    class Silence(TrialProgressCallback):
+        def _print(self, msg: str) -> None:
+            pass
+
+    return Silence()
 
 
 def _trainable(board: Any, threads: int) -> Any:
