@@ -40,6 +40,7 @@ ONLY = {
     "onnxruntime": {"exports"},
     "torchao": {"exports"},
     "gguf": {"exports"},
+    "lm_eval": {"stages"},
 }
 MATHS = {"losses", "targets"}
 

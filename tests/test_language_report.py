@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from raydistill.losses.token_measures import own_measures, teacher_measures
-from raydistill.report.language import calibration_error, compare_models, language_metrics
-from raydistill.stages.language.measuring import BINS, _bins
+from raydistill.report.language import compare_models, language_metrics
 
 
 def sums(rows: int = 40, documents: int = 12) -> dict[str, np.ndarray]:
@@ -19,7 +18,8 @@ def sums(rows: int = 40, documents: int = 12) -> dict[str, np.ndarray]:
     for name, nats in {"teacher": 2.0, "student": 2.2, "control": 2.3}.items():
         found[f"nll_{name}"] = positions * (nats + hardness + random.normal(0, 0.02, rows))
         found[f"accuracy_{name}"] = positions * 0.5
-        found[f"bins_{name}"] = np.ones((rows, 3 * BINS))
+        found[f"confidence_{name}"] = random.uniform(0, 1, int(positions.sum())).astype(np.float32)
+        found[f"right_{name}"] = random.uniform(0, 1, int(positions.sum())) < found[f"confidence_{name}"]
     return found
 
 
@@ -59,11 +59,18 @@ def test_intervals_draw_whole_documents_for_all_models_together():
     assert np.percentile(values[:, 1], 97.5) > np.percentile(values[:, 2], 2.5)
 
 
-def test_a_model_that_is_as_sure_as_right_has_no_calibration_error():
-    confidence = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.9], dtype=torch.float64)
-    right = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-    bins = _bins(confidence, right).sum(dim=0).numpy()
-    assert calibration_error(bins) == pytest.approx(0.1 / 5)
+def test_calibration_is_over_positions_in_bins_of_equal_mass():
+    found = sums()
+    found["confidence_student"] = np.repeat([0.2, 0.9], [60, 90]).astype(np.float32)
+    found["right_student"] = np.concatenate([np.arange(60) % 5 == 0, np.ones(90, bool)])
+    assert language_metrics(found, "student")["ece"] == pytest.approx(0.1 * 90 / 150)
+    random = np.random.default_rng(2)
+    confidence = random.permutation(np.linspace(0.05, 0.95, 3000)).astype(np.float32)
+    right = random.uniform(size=3000) < confidence**2
+    found["confidence_student"], found["right_student"] = confidence, right
+    order = sorted(range(3000), key=lambda place: confidence[place])
+    gaps = [abs(np.mean([confidence[i] - right[i] for i in order[n * 200 : (n + 1) * 200]])) for n in range(15)]
+    assert language_metrics(found, "student")["ece"] == pytest.approx(np.mean(gaps), rel=1e-5)
 
 
 def test_measures_of_positions_by_plain_formulas():

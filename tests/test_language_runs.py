@@ -161,6 +161,9 @@ def test_the_report_has_the_perplexity_that_transformers_finds(reported: Path):
     page = (reported / "report/report.html").read_text()
     assert report["samples"][0]["prompt"].split()[0] in page
     assert f"{student:.3f}" in page
+    # Keys and values of the student's one layer: 2 heads of 8 numbers each, of 4 bytes.
+    assert report["student"]["memory_cache_bytes"] == 2 * 16 * 4 * report["student"]["memory_cache_tokens"]
+    assert report["student"]["memory_weights_bytes"] == pytest.approx(4 * report["student"]["parameters"], rel=0.01)
 
 
 def test_the_student_opens_with_transformers(reported: Path):

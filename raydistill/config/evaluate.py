@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -34,6 +34,19 @@ class EvaluationSet(Section):
         return self
 
 
+class Harness(Section):
+    """Tasks of lm-evaluation-harness, by the names that it has for them."""
+
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1, description="such as arc_easy, gsm8k")
+    tasks_from: str | None = Field(default=None, min_length=1, description="a folder with task files of your own")
+    limit: int | None = Field(default=None, ge=1, description="documents of each task; absent: all")
+    few_shot: int | None = Field(
+        default=None, ge=0, le=1000, description="examples in a prompt; absent: the task's own"
+    )
+    batch_size: int = Field(default=8, ge=1, le=4096, description="requests at once; a shape may change last bits")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the examples in prompts")
+
+
 class Evaluate(Section):
     """What is compared, on what, and how it is timed."""
 
@@ -63,6 +76,8 @@ class Evaluate(Section):
 
     samples: int = Added(4, ge=0, le=1000, description="causal_lm: test prompts that every model goes on with")
     sample_tokens: int = Added(48, ge=1, le=100_000, description="causal_lm: tokens of each of those answers")
+
+    harness: Harness | None = Added(None, description="causal_lm: tasks for all models; needs the extra lm-eval")
 
     @field_validator("models", "sets")
     @classmethod

@@ -87,7 +87,7 @@ OWN: dict[str, tuple[str, ...]] = {
     "teacher": ("next_tokens",),
     "student": ("tie_embeddings",),
     "export": ("max_perplexity_rise",),
-    "evaluate": ("samples", "sample_tokens"),
+    "evaluate": ("samples", "sample_tokens", "harness"),
 }
 METRICS = ("nll", "accuracy", "kl", "agreement")
 

@@ -1,7 +1,7 @@
 """What is measured of language models on a test set, and the paired intervals of their comparison.
 
-Sums come row by row; what is drawn again for the intervals are documents, because the tokens of one are not
-independent (Efron and Tibshirani 1993, chapter 8).
+Sums come row by row, certainty position by position; what is drawn again for the intervals are documents, because the
+tokens of one are not independent (Efron and Tibshirani 1993, chapter 8).
 
 Shapes: R rows, U documents, M models, S resamples.
 """
@@ -15,30 +15,29 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raydistill.report.metrics import calibration_bins, mean_gap
+
 Floats = npt.NDArray[np.floating]
 BLOCK = 64  # resamples whose counts are held at once
 
 
 def language_metrics(sums: Mapping[str, Floats], name: str) -> dict[str, float]:
-    """perplexity, nll (nats a token), accuracy, ece of a model; of another than the teacher kl, agreement and top5."""
+    """perplexity, nll (nats a token), accuracy and ece of a model; of another than the teacher kl, agreement and top5.
+
+    ece is the calibration error of the likeliest token over positions, in 15 bins of equal mass.
+    """
     positions = float(sums["positions"].sum())
     nll = float(sums[f"nll_{name}"].sum()) / positions
     found = {
         "perplexity": math.exp(nll),
         "nll": nll,
         "accuracy": float(sums[f"accuracy_{name}"].sum()) / positions,
-        "ece": calibration_error(sums[f"bins_{name}"].sum(axis=0)),
+        "ece": mean_gap(calibration_bins(sums[f"confidence_{name}"], sums[f"right_{name}"] > 0)),
     }
     for column, metric in {"kl": "kl_to_teacher", "agreement": "agreement", "top5": "agreement_top5"}.items():
         if f"{column}_{name}" in sums:
             found[metric] = float(sums[f"{column}_{name}"].sum()) / positions
     return found
-
-
-def calibration_error(bins: Floats) -> float:
-    """Expected calibration error of the likeliest token, from the sums of bins: counts, confidences, hits."""
-    count, confidence, hits = bins.reshape(3, -1)
-    return float(np.abs(confidence - hits).sum() / count.sum())
 
 
 def compare_models(sums: Mapping[str, Floats], *, resamples: int, seed: int) -> dict[str, Any]:

@@ -21,6 +21,8 @@ LINES = [
     ("calibration error", "ece", "{:.2%}"),
     ("parameters", "parameters", "{:,}"),
     ("weights, MB", "size_bytes", "{:.1f}"),
+    ("in memory, MB", "memory_weights_bytes", "{:.1f}"),
+    ("keys and values of the longest timed row, MB", "memory_cache_bytes", "{:.3f}"),
     ("next token of a row p50, ms", "latency_ms_p50", "{:.2f}"),
     ("next token of a row p90, ms", "latency_ms_p90", "{:.2f}"),
     ("tokens/s read", "prefill_tokens_per_second", "{:,.0f}"),
@@ -42,10 +44,25 @@ def language_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows: list[list[str]] = []
     for title, key, form in LINES:
         values = [report[name].get(key) for name in models]
-        if key == "size_bytes":
-            values = [value / 1e6 for value in values]
+        if key.endswith("bytes"):
+            values = [None if value is None else value / 1e6 for value in values]
         rows.append([title, *("" if value is None else form.format(value) for value in values)])
-    return ["", *models], rows
+    return ["", *models], rows + _harness_rows(report.get("harness") or {}, models)
+
+
+def _harness_rows(found: dict[str, Any], models: list[str]) -> list[list[str]]:
+    """A row for each task and metric, with its standard error where there is one."""
+    rows: list[list[str]] = []
+    for task, metrics in found[models[0]].items() if found else ():
+        for metric in metrics:
+            of_models = [found[name][task].get(metric, {}) for name in models]
+            rows.append([f"{task}, {metric}", *map(_with_error, of_models)])
+    return rows
+
+
+def _with_error(found: dict[str, float]) -> str:
+    error = f" ± {found['stderr']:.4f}" if found.get("stderr") is not None else ""
+    return f"{found['value']:.4f}{error}" if found else ""
 
 
 def language_verdict(report: dict[str, Any]) -> list[str]:

@@ -53,7 +53,6 @@ from raydistill.stages import (
 from raydistill.stages.cluster import Resources
 from raydistill.stages.job import TrainingJob
 from raydistill.stages.language import evaluate as language_evaluate
-from raydistill.stages.language.generation import measure_generation
 from raydistill.stages.latency import Load, measure
 from raydistill.stages.loop import run_training
 from raydistill.stages.progress import Progress
@@ -207,10 +206,10 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
         if search.problem:
             raise UserError(search.problem)
 
-    def time_language_models(sources: Any, config: Config, run: Any, data: Any, *_: Any) -> dict[str, dict[str, Any]]:
-        return measure_generation(sources, **language_evaluate.generation_arguments(config, run, data))
+    def on_a_node(function: Any, resources: Any, progress: Any, *arguments: Any, **options: Any) -> Any:
+        return function(*arguments, **options)
 
-    language_evaluate._time_models = time_language_models
+    language_evaluate.on_a_node = on_a_node
     pipeline.cluster, scoring._map_shards, trainer._fit = cluster, map_shards, fit
     tune.run_trials = run_trials
     if request.get("no_room_for_groups"):

@@ -21,6 +21,7 @@ from raydistill.models.loading import empty_language_model
 from raydistill.record.run import Run
 from raydistill.stages.adapted import check_adapters
 from raydistill.stages.language.export import check_language_export
+from raydistill.stages.language.harness import check_harness
 from raydistill.stages.language.objective import token_objective
 from raydistill.stages.language.surveyed import SurveyedTexts
 from raydistill.stages.language.teach import SPLITS, next_tokens
@@ -45,6 +46,8 @@ def check_language_models(config: Config, run: Run, labels: list[str]) -> None:
     check_lender(config, run)
     if config.data.synthesis is not None and config.data.synthesis.engine == "vllm":
         check_vllm()
+    if config.evaluate.harness is not None:
+        check_harness(config.evaluate.harness)
     if config.student.init == "pretrained":
         _check_pretrained(config, folder)
     student = language_skeleton(config.student, teacher_folder=folder, max_length=config.data.max_length)

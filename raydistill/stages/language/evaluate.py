@@ -21,6 +21,13 @@ from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.environment import device_name, environment
 from raydistill.stages.evaluate import commit_report, fingerprints, forwards_per_row, size_bytes
 from raydistill.stages.language.generation import measure_generation
+from raydistill.stages.language.harness import (
+    TaskResults,
+    harness_inputs,
+    harness_results,
+    read_results,
+    write_results,
+)
 from raydistill.stages.language.measuring import FOLDER, MeasuringJob, read_measures
 from raydistill.stages.language.prepare import texts_report
 from raydistill.stages.progress import Progress
@@ -64,6 +71,8 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     }
     comparison = compare_models(sums, resamples=config.evaluate.bootstrap, seed=config.evaluate.seed)
     report = _report(config, run, data, models, comparison, plan)
+    if config.evaluate.harness is not None:
+        report["harness"] = _harness(sources, config, run, plan, resources, progress)
     if again:
         report["seeds"] = over_seeds(
             [_training(sums, config.train.seed), *(_training(sums, one.seed, one) for one in repetitions(config))]
@@ -79,6 +88,7 @@ def _plan(config: Config, run: Run, data: Manifest, student: Manifest, control: 
         "control": control.fingerprint if control else None,
         "teacher": model_identity(teacher_source(config, run).folder()),
         **{f"evaluate.{name}": value for name, value in identity(config.evaluate).items()},
+        **(harness_inputs(config.evaluate.harness) if config.evaluate.harness else {}),
     }  # fmt: skip
     again = {part: manifest.fingerprint for part, manifest in repeated(config, run).items()}
     return Plan("report", inputs | ({"seeds": again} if again else {}))
@@ -93,16 +103,37 @@ def _training(sums: dict[str, Any], seed: int, again: Repetition | None = None) 
 def _time_models(
     sources: dict[str, ModelSource], config: Config, run: Run, data: Manifest, resources: Resources, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    """Times the models in a task that takes a whole node, so that nothing else of the run computes beside it."""
-    import ray
-
     settings = config.evaluate
     progress.say(f"evaluate: timing {settings.latency_requests} rows and {settings.samples} answers of each model")
+    return on_a_node(measure_generation, resources, progress, sources, **generation_arguments(config, run, data))
+
+
+def _harness(
+    sources: dict[str, ModelSource], config: Config, run: Run, plan: Plan, resources: Resources, progress: Progress
+) -> dict[str, TaskResults]:
+    """What every model reaches in the tasks that are asked for; a model's results that stand for this plan are kept."""
+    asked = config.evaluate.harness
+    assert asked is not None
+    found: dict[str, TaskResults] = {}
+    for name, source in sources.items():
+        standing = read_results(run.store, name, plan.fingerprint)
+        if standing is None:
+            progress.say(f"evaluate: {', '.join(asked.tasks)} for the {name}")
+            standing = on_a_node(harness_results, resources, progress, source, asked, config.evaluate.dtype)
+            write_results(run.store, name, plan.fingerprint, standing)
+        found[name] = standing
+    return found
+
+
+def on_a_node(function: Any, resources: Resources, progress: Progress, *arguments: Any, **options: Any) -> Any:
+    """What a function gives in a task that takes a whole node, so that nothing else of the run computes beside it."""
+    import ray
+
     progress.check()
     remote: Any = ray.remote
-    task = remote(measure_generation)
+    task = remote(function)
     running = task.options(num_cpus=resources.node_cpus, num_gpus=1 if resources.gpus else 0).remote(
-        sources, **generation_arguments(config, run, data)
+        *arguments, **options
     )
     while not ray.wait([running], timeout=0.5)[0]:
         progress.check()

@@ -1,4 +1,4 @@
-"""How fast language models read and write, interleaved on one idle machine, and what they write."""
+"""How fast language models read and write, interleaved on one idle machine, in what memory, and what they write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measure_generation(
     sources: dict[str, ModelSource], rows: list[list[int]], prompts: list[list[int]], *, requests: int, threads: int,
     new_tokens: int, samples: int, dtype: str,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """For every model: ms until the next token of a row is known, tokens/s read and written, parameters, samples.
+    """For every model: ms until a row's next token is known, tokens/s read and written, parameters, memory, samples.
 
     `rows` are read one at a time and the models take turns, so that a noisy moment meets all of them. Every prompt is
     gone on with greedily, by `new_tokens` tokens; the first `samples` texts are given back, each up to its end.
@@ -55,8 +55,11 @@ def measure_generation(
                     texts[name].append(
                         tokenizer.decode(up_to(tokens, tokenizer.eos_token_id), skip_special_tokens=True)
                     )
+        longest = torch.tensor([max(rows, key=len)], device=device)
+        memory = {name: memory_bytes(model, longest) for name, model in models.items()}
     return {
         name: {
+            **memory[name],
             "latency_ms_p50": float(np.percentile(seconds[name], 50)) * 1e3,
             "latency_ms_p90": float(np.percentile(seconds[name], 90)) * 1e3,
             "prefill_tokens_per_second": sum(read) / sum(seconds[name]),
@@ -81,3 +84,15 @@ def written_by(model: Any, prompt: list[int], new_tokens: int, pad_id: int | Non
 def up_to(tokens: list[int], end: int | None) -> list[int]:
     """The tokens before the one that ends a text."""
     return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def memory_bytes(model: Any, ids_1L: torch.Tensor) -> dict[str, int]:
+    """What a model takes up while it goes on with a row: its weights as they are loaded, and its keys and values."""
+    cached = model(input_ids=ids_1L, use_cache=True, logits_to_keep=1).past_key_values
+    tensors = [t for layer in getattr(cached, "layers", ()) for t in (layer.keys, layer.values) if t is not None]
+    weights = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return {
+        "memory_weights_bytes": sum(weights.values()),
+        "memory_cache_bytes": sum(t.nbytes for t in tensors),
+        "memory_cache_tokens": ids_1L.shape[1],
+    }

@@ -1,4 +1,5 @@
-"""Teacher, student and control over test rows, position by position, side by side: sums for every row.
+"""Teacher, student and control over test rows, position by position, side by side: sums for every row, and of every
+position how certain a model was and whether it was right.
 
 Shapes: R rows, L tokens of the longest row, N positions, C of a chunk, V vocabulary.
 """
@@ -25,9 +26,9 @@ from raydistill.record.store import Store, naming, open_store
 from raydistill.stages.language.scoring import check_finite
 from raydistill.stages.scoring import DTYPES, TOKENS_PER_BATCH
 
-BINS = 15
 OWN, OF_TEACHER = ("nll", "accuracy"), ("kl", "agreement", "top5")
-FOLDER = "report/tokens"
+FOLDER = "report/positions"
+OF_POSITIONS = ("confidence", "right")
 
 
 @dataclass(frozen=True)
@@ -75,28 +76,37 @@ class Measurer:
         return made, {"seconds": seconds, "tokens": float(len(shard.tokens))}
 
     def _measured(self, shard: TokenShard) -> dict[str, np.ndarray]:
-        """Sums over the positions of every row, by model and measure; bins are (R, 3 x BINS)."""
-        sums: dict[str, np.ndarray] = {}
+        """By model and measure the sum over the positions of every row, (R,); of OF_POSITIONS each position's, (N,)."""
+        found: dict[str, np.ndarray] = {}
+        counts_R = shard.learnt_R
+        begins_R = np.cumsum(counts_R) - counts_R
         budget = self._job.tokens_per_batch or TOKENS_PER_BATCH[self._device.type]
         with torch.inference_mode():
             for rows in pack_by_length(shard.lengths_R, budget):
                 inputs = pad([shard.row(int(row)) for row in rows], 0)
                 inputs = {name: value.to(self._device) for name, value in inputs.items()}
-                found = self._batch(inputs, [shard.positions(int(row)) for row in rows], shard.row_ids_R[rows])
-                for name, values in found.items():
-                    sums.setdefault(name, np.zeros((len(shard), *values.shape[1:])))[rows] = values.cpu().numpy()
-        return sums
+                positions = [shard.positions(int(row)) for row in rows]
+                places_N = np.concatenate(
+                    [np.arange(b, b + len(at)) for b, at in zip(begins_R[rows], positions, strict=True)]
+                )
+                for name, values_N in self._batch(inputs, positions, shard.row_ids_R[rows]).items():
+                    if name.startswith(OF_POSITIONS):
+                        found.setdefault(name, np.zeros(int(counts_R.sum()), np.float32))[places_N] = values_N
+                    else:
+                        rows_N = np.repeat(rows, [len(at) for at in positions])
+                        found.setdefault(name, np.zeros(len(shard)))
+                        np.add.at(found[name], rows_N, values_N)
+        return found
 
     def _batch(
         self, inputs: dict[str, torch.Tensor], positions: list[np.ndarray], row_ids: np.ndarray
-    ) -> dict[str, torch.Tensor]:
-        """Sums over each row of a batch."""
-        counts = [len(at) for at in positions]
-        rows_N = torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(self._device)
+    ) -> dict[str, np.ndarray]:
+        """What is measured of every position of a batch, (N,), row after row."""
+        rows_N = torch.from_numpy(np.repeat(np.arange(len(positions)), [len(at) for at in positions])).to(self._device)
         at_N = torch.from_numpy(np.concatenate(positions)).to(self._device)
         labels_N = inputs["input_ids"][rows_N, at_N + 1]
         hidden = {name: hidden_states(model, inputs)[rows_N, at_N] for name, model in self._models.items()}
-        sums: dict[str, torch.Tensor] = {}
+        parts: dict[str, list[np.ndarray]] = {}
         for start in range(0, len(at_N), chunk := chunk_of(self._job.vocabulary)):
             cut = slice(start, start + chunk)
             teacher_CV: torch.Tensor | None = None
@@ -104,40 +114,34 @@ class Measurer:
                 logits_CV = head.logits(hidden[name][cut])
                 check_finite(logits_CV, torch.from_numpy(row_ids)[rows_N[cut].cpu()], at_N[cut])
                 found = own_measures(logits_CV, labels_N[cut])
-                bins = _bins(found.pop("confidence"), found["accuracy"])
+                found["right"] = found["accuracy"]
                 if teacher_CV is not None:
                     found |= teacher_measures(logits_CV, teacher_CV)
                 else:
                     teacher_CV = logits_CV
-                for measure, values in [*found.items(), ("bins", bins)]:
-                    key = f"{measure}_{name}"
-                    if key not in sums:
-                        sums[key] = torch.zeros(
-                            (len(counts), *values.shape[1:]), dtype=torch.float64, device=self._device
-                        )
-                    sums[key].index_add_(0, rows_N[cut], values)
-        return sums
-
-
-def _bins(confidence_C: torch.Tensor, right_C: torch.Tensor) -> torch.Tensor:
-    """(C, 3 x BINS): in the bin of its confidence each position's 1, its confidence, and whether it is right."""
-    bin_C1 = (confidence_C * BINS).long().clamp(max=BINS - 1)[:, None]
-    parts = (torch.ones_like(confidence_C), confidence_C, right_C)
-    zeros = [torch.zeros(len(confidence_C), BINS, dtype=torch.float64, device=confidence_C.device) for _ in parts]
-    return torch.cat([zero.scatter_(1, bin_C1, part[:, None]) for zero, part in zip(zeros, parts, strict=True)], dim=1)
+                for measure, values_C in found.items():
+                    parts.setdefault(f"{measure}_{name}", []).append(values_C.cpu().numpy())
+        return {name: np.concatenate(found) for name, found in parts.items()}
 
 
 def write_measures(
     store: Store, name: str, shard: TokenShard, columns: dict[str, np.ndarray], fingerprint: str
 ) -> Entry:
-    """Commits sums of every row: row_id, document, positions, and a column for each model and measure."""
+    """Commits a row for each row: row_id, document, positions, and a column for each model and measure.
+
+    It is a sum over the row's positions, or of OF_POSITIONS a list of what each of them has.
+    """
     arrays: dict[str, Any] = {
         "row_id": pa.array(shard.row_ids_R), "document": pa.array(shard.documents_R),
         "positions": pa.array(shard.learnt_R),
     }  # fmt: skip
+    borders_R1 = pa.array(np.concatenate([np.zeros(1, np.int64), np.cumsum(shard.learnt_R)]))
     for column, values in columns.items():
-        flat = pa.array(values.reshape(-1))
-        arrays[column] = flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        if column.startswith("right"):
+            values = values > 0.5
+        flat = pa.array(values)
+        is_list = column.startswith(OF_POSITIONS)
+        arrays[column] = pa.LargeListArray.from_arrays(borders_R1, flat) if is_list else flat
     staged = store.staging(name)
     with naming(staged):
         pq.write_table(pa.table(arrays), staged, compression="zstd", write_page_checksum=True)
@@ -145,15 +149,16 @@ def write_measures(
 
 
 def read_measures(store: Store, entries: list[Entry]) -> dict[str, np.ndarray]:
-    """The columns of all shards, row by row. Raises UserError when a file is not what its entry says."""
+    """The columns of all shards, row by row; of OF_POSITIONS position by position.
+
+    Raises UserError when a file is not what its entry says.
+    """
     tables = []
     for entry in entries:
         with open_verified(store, FOLDER, entry) as source:
             tables.append(pq.ParquetFile(source).read(use_threads=False))
     table, found = pa.concat_tables(tables), {}
     for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
-        is_list = pa.types.is_fixed_size_list(column.type)
-        found[name] = np.array(column.flatten()).reshape(len(table), -1) if is_list else np.array(column)
+        parts = [chunk.flatten() if name.startswith(OF_POSITIONS) else chunk for chunk in table.column(name).chunks]
+        found[name] = np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
     return found
