@@ -170,7 +170,8 @@ def test_a_run_searches_trains_the_winner_and_compares(runs, fused: tuple[Path, 
     standing = {found.part: found for found in standings(run, config)}
     assert {found.state for found in standing.values()} == {"complete"}
     assert standing["tune"].detail.startswith("4 trials, validation nll ")
-    line = "search: 4 trials (1 fused group of up to 4), 32 steps at most; no teacher forward"
+    told = "1 fused group of up to 4, or smaller ones where processes would wait"
+    line = f"search: 4 trials ({told}), 32 steps at most; no teacher forward"
     assert line in pipeline.plan(config, Progress()).lines()
     # Another search, on request: what stood there is kept, and the student follows it.
     rates = [2e-3, 5e-4, 4e-3, 8e-3]
