@@ -31,7 +31,6 @@ from raydistill.cache.shards import read_logits
 from raydistill.config.file import validate
 from raydistill.config.run import Config
 from raydistill.data.shards import read_split
-from raydistill.data.tokens import tokenise
 from raydistill.models.loading import count_parameters
 from raydistill.record.commit import read_manifest
 from raydistill.record.run import open_run
@@ -99,8 +98,8 @@ def scored(model: Any, base: Path, split: str, max_length: int) -> tuple[np.ndar
     )  # fmt: skip
     scorer = Scorer(job, threads=1)
     shards = list(read_split(store, data.shards(split)))
-    logits = [scorer.logits(tokenise(scorer._tokenizer, shard.texts, max_length)) for shard in shards]
-    return np.concatenate(logits), np.concatenate([s.labels_N for s in shards]), count_parameters(scorer._model)
+    logits = [scorer.logits(scorer.forward.tokens(shard.texts)) for shard in shards]
+    return np.concatenate(logits), np.concatenate([s.labels_N for s in shards]), count_parameters(scorer.forward.model)
 
 
 def teacher_of(base: Path, arguments: argparse.Namespace) -> dict[str, np.ndarray]:

@@ -33,9 +33,10 @@ from raydistill.record.commit import commit_manifest, read_manifest
 from raydistill.record.run import open_run
 from raydistill.record.store import LocalStore
 from raydistill.report.page import compared
+from raydistill.stages.forward import TOKENS_PER_BATCH
 from raydistill.stages.pipeline import run_stages
 from raydistill.stages.progress import Progress
-from raydistill.stages.scoring import TOKENS_PER_BATCH, Scorer, ScoringJob
+from raydistill.stages.scoring import Scorer, ScoringJob
 from raydistill.stages.teachers import made_here
 
 STUDENT, METHOD, SEED = "two narrowest layers", "forward KL", 0
@@ -135,11 +136,12 @@ def _bare(scorer: Scorer, store: LocalStore, entry: Any) -> float:
     """Tokenise and score the same texts."""
     (shard,) = read_split(store, [entry])
     started = time.perf_counter()
-    tokens = tokenise(scorer._tokenizer, shard.texts, 64)
+    forward = scorer.forward
+    tokens = tokenise(forward.tokenizer, shard.texts, 64)
     with torch.inference_mode():
         for batch in pack_by_length(tokens.lengths_N, TOKENS_PER_BATCH["cpu"]):
-            inputs = pad([tokens.row(int(i)) for i in batch], scorer._tokenizer.pad_token_id)
-            scorer._model(**inputs).logits.argmax(dim=1)
+            inputs = pad([tokens.row(int(i)) for i in batch], forward.tokenizer.pad_token_id)
+            forward.model(**inputs).logits.argmax(dim=1)
     return time.perf_counter() - started
 
 

@@ -11,27 +11,23 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 
+from raydistill import deploy_commands
 from raydistill.config.file import load_config
 from raydistill.config.run import Config
 from raydistill.errors import Interrupted, UserError, storage_problem
 from raydistill.record.run import STAGES, clear, find_run, leftovers, verify
-from raydistill.stages.progress import Overview, Progress, size
+from raydistill.stages.progress import Progress, size
+from raydistill.terminal import TerminalProgress, err, out, print_report
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
 )
-# Texts are printed as they are: rich would turn the place `config.yaml:100:` into an emoji and drop a label `[b]`.
-out = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
-err = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, stderr=True)
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config; see README")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings to change")]
@@ -81,6 +77,9 @@ def export(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -
 def evaluate(config: ConfigFile, overrides: Overrides = None, redo: Redo = None) -> None:
     """Compare teacher, student and control on the test set."""
     _stages(load_config(config, overrides), ("evaluate",), redo)
+
+
+app.command()(deploy_commands.predict)
 
 
 @app.command()
@@ -184,48 +183,6 @@ def _stages(config: Config, stages: tuple[str, ...], redo: str | None) -> None:
         out.print(f"report: {folder}/report/report.html\nstudent: {folder}/student")
     else:
         out.print(f"done; raydistill status {shlex.quote(folder)} says what is next")
-
-
-class TerminalProgress(Progress):
-    """Draws what a stage is doing as a table below the lines, where there is a terminal to draw on."""
-
-    _draws = False
-
-    @contextlib.contextmanager
-    def showing(self, overview: Callable[[], Overview]) -> Iterator[None]:
-        with Live(get_renderable=lambda: _drawn(overview()), console=out, refresh_per_second=2):
-            self._draws = True
-            try:
-                yield
-            finally:
-                self._draws = False
-
-    def note(self, line: str) -> None:
-        if not self._draws:
-            self.say(line)
-
-
-def _drawn(overview: Overview) -> Table:
-    table = Table(*overview.columns, title=overview.title, title_justify="left", box=None)
-    for row in overview.rows:
-        table.add_row(*row)
-    return table
-
-
-def print_report(report: dict[str, Any]) -> None:
-    """The comparison as a table, and the verdict under it."""
-    from raydistill.report.page import table as report_table
-    from raydistill.report.page import verdict
-
-    header, rows = report_table(report)
-    table = Table(*header, box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
-    for line in verdict(report):
-        out.print(line)
 
 
 def main(arguments: list[str] | None = None) -> None:

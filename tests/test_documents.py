@@ -10,7 +10,8 @@ import pytest
 from language_runs import tokenizer, write_jsonl
 
 from raydistill.data.documents import Document, read_documents
-from raydistill.data.sources import Dropped, Fields, find_source
+from raydistill.data.readers import Fields
+from raydistill.data.sources import Dropped, find_source
 from raydistill.data.token_rows import Rules, Tokenised, tokenise_documents
 from raydistill.data.token_shards import TokenShardWriter, read_token_shard
 from raydistill.data.token_spool import TokenSpool

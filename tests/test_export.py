@@ -14,6 +14,7 @@ import pytest
 import torch
 from small_runs import SmallRuns
 
+from raydistill import cli
 from raydistill.config.file import load_config
 from raydistill.config.run import Config
 from raydistill.data.shards import read_split
@@ -160,6 +161,19 @@ def test_its_program_prints_labels_and_probabilities(made: Config, tiny_classifi
     found = [line.split("\t") for line in done.stdout.splitlines()]
     assert [label for label, _ in found] == [label for label, _ in expected]
     assert [float(p) for _, p in found] == pytest.approx([p for _, p in expected], abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["onnx", "safetensors-bf16"])
+def test_predict_answers_with_it(made: Config, tiny_classifier: Path, name: str, capsys: pytest.CaptureFixture[str]):
+    texts = clear_texts(made, tiny_classifier)
+    logits = torch.from_numpy(student_logits(tiny_classifier, texts)).softmax(1)
+    path = Path(made.storage) / "in.txt"
+    path.write_text("\n".join(texts))
+    assert cli._main(["predict", str(folder_of(made, name)), str(path), "--format", "jsonl"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["label"] for row in found] == [sorted(CATEGORIES)[row.argmax()] for row in logits]
+    within = {"onnx": 1e-4, "safetensors-bf16": 0.02}[name]
+    assert [row["probability"] for row in found] == pytest.approx([float(row.max()) for row in logits], abs=within)
 
 
 def test_the_manifest_has_what_was_found_and_the_run_knows_the_files(made: Config):

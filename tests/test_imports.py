@@ -23,15 +23,18 @@ LAYERS = (
     ("engine", "engine_base", "fused", "plain_engine"),
     ("report",),
     ("stages",),
+    ("serving",),
     ("tickets", "demo", "stories", "demo_language"),
-    ("cli", "__main__"),
+    ("terminal", "deploy_commands", "cli", "__main__"),
     ("jobs",),
 )
 # Who may import what: heavy packages, and those that tie code to one framework.
 ONLY = {
     "deepspeed": {"engine"},
     "transformers": {"models", "students", "data", "demo", "demo_language"},
-    "ray": {"stages", "jobs"},
+    "ray": {"stages", "serving", "jobs"},
+    "fastapi": {"serving"},
+    "prometheus_client": {"serving"},
     "peft": {"adapters"},
     "optuna": {"search"},
     "wandb": {"stages"},

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raydistill.data import duplicates, sources
+from raydistill.data import duplicates, readers
 from raydistill.data.duplicates import SPLITS, TextIndex
 from raydistill.data.sources import Columns, Row, find_source, find_sources, read_rows
 from raydistill.data.splits import ValidationDraw, survey
@@ -107,12 +107,12 @@ def test_a_field_beyond_all_bounds_is_dropped_and_the_next_row_is_read(tmp_path:
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str):
-    monkeypatch.setattr(sources, "LINE_CHARACTERS", 100)
+    monkeypatch.setattr(readers, "LINE_CHARACTERS", 100)
     header, row = {"csv": ("text,label\n", "b,y\n"), "jsonl": ("", '{"text": "b", "label": "y"}\n')}[ending]
     path = written(tmp_path / f"a.{ending}", f"{header}{row}{'x' * 1000}\n{row}")
     assert read(path) == [("b", "y"), ("malformed", "dropped"), ("b", "y")]
-    with sources._open_text(str(path)) as file:
-        assert max(len(line) for line in sources._lines(file)) == 100
+    with readers.open_text(str(path)) as file:
+        assert max(len(line) for line in readers.lines_of(file)) == 100
 
 
 def test_other_delimiters(tmp_path: Path):
@@ -351,7 +351,7 @@ def test_a_file_of_dropped_rows_alone(tmp_path: Path):
 
 
 def test_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "PARQUET_BATCH_ROWS", 2)
+    monkeypatch.setattr(readers, "PARQUET_BATCH_ROWS", 2)
     path = table(tmp_path / "a.parquet", label=["x", "y", None, "x"], text=["a", "b", "c", None], more=[1, 2, 3, 4])
     assert read(path) == [*TWO_ROWS, ("null label", "dropped"), ("null text", "dropped")]
     assert read(table(tmp_path / "b.parquet", text=["a", "b"], label=[7, -1])) == [("a", "7"), ("b", "-1")]

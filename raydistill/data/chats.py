@@ -81,6 +81,12 @@ def prompt_segments(tokenizer: Any, messages: Messages, learnt_roles: Collection
     return [*found, Segment(whole.removeprefix(before), False)]
 
 
+def prompt_of(tokenizer: Any, message: str) -> str:
+    """A user's message as a template writes it, up to where the model is to answer. Raises what the template does."""
+    chat = [{"role": "user", "content": message}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
 def _rendered(tokenizer: Any, messages: Messages, *, prompts: bool = False) -> str | None:
     chat = [{"role": role, "content": content} for role, content in messages]
     try:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raydistill.data.chats import WRITER, Messages, asking, read_messages
-from raydistill.data.sources import Dropped, Fields, Reason, Source, read_values
+from raydistill.data.readers import Fields
+from raydistill.data.sources import Dropped, Reason, Source, read_values
 
 # Which prompts are asked: none; those without a response; those with one too; all of them, whatever response they have.
 Asks = Literal["never", "missing", "all", "only"]

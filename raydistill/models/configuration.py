@@ -35,6 +35,28 @@ def check_task(setting: str, folder: Path, task: str) -> None:
         )
 
 
+def model_task(setting: str, folder: Path) -> str:
+    """What a model is for: classification, multi_label or causal_lm. Raises UserError for anything else."""
+    config = json.loads((base_folder(folder) / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["none"])[0]
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "causal_lm"
+    if not name.endswith("ForSequenceClassification"):
+        raise UserError(
+            f"{setting}: {folder}: its architecture is {name}. Give a classifier or a causal language model"
+        )
+    return "multi_label" if config.get("problem_type") == PROBLEM_TYPES["multi_label"] else "classification"
+
+
+def label_names(folder: Path) -> tuple[str, ...]:
+    """The names of a classifier's outputs, in their order."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(base_folder(folder)), trust_remote_code=False, local_files_only=True)
+    names: dict[Any, str] = config.id2label or {}
+    return tuple(names[number] for number in sorted(names))
+
+
 def label_maps(labels: list[str]) -> tuple[dict[int, str], dict[str, int]]:
     return dict(enumerate(labels)), {name: number for number, name in enumerate(labels)}
 

@@ -9,7 +9,6 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,14 +22,14 @@ from raydistill.data.shards import read_split
 from raydistill.data.tokens import load_tokenizer, tokenise
 from raydistill.errors import UserError
 from raydistill.exports.folder import ExportSource, check_packages, write_export
+from raydistill.models.source import ModelSource
 from raydistill.record.commit import Manifest, commit_folder
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.record.store import naming
 from raydistill.report.measures import measures_of
+from raydistill.stages.forward import Forward
 from raydistill.stages.progress import Progress, size
-from raydistill.stages.scoring import Scorer, ScoringJob
-from raydistill.stages.teach import teacher_job
 from raydistill.stages.teachers import made_here
 
 EXACT = ("onnx",)  # formats that compute what the student does, to rounding in float32
@@ -162,12 +161,7 @@ class ClassExam:
         assert config.export is not None
         self._config, self._run, self._scratch = config, run, scratch
         data, self._source = run.require("data"), made_here("student", run)
-        self._job = replace(
-            teacher_job(config, run, data, folder="", fingerprint="", dtype="float32"),
-            source=self._source,
-            codec="",
-            rows=None,
-        )
+        self._names = data.facts["labels"]
         self._texts, labels, splits = [], [], []
         for split in COMPARED:
             for shard in read_split(run.home("data"), data.shards(split)):
@@ -177,7 +171,7 @@ class ClassExam:
                     labels.append(shard.labels_N[:taken])
                     splits.append(split)
         self._labels_N, self.splits = np.concatenate(labels), tuple(dict.fromkeys(splits))
-        self._logits_NK = _logits(self._job, self._texts)
+        self._logits_NK = self._logits_of(self._source)
 
     def write(self, format_name: str, folder: Path) -> None:
         config, source = self._config, self._source
@@ -193,7 +187,7 @@ class ClassExam:
 
     def compare(self, written: ExportSource) -> dict[str, Any]:
         """The largest difference of a logit, agreement, both accuracies."""
-        logits_NK, measures = _logits(replace(self._job, source=written), self._texts), measures_of(self._labels_N)
+        logits_NK, measures = self._logits_of(written), measures_of(self._labels_N)
         accuracy = {
             name: measures.metrics(values, self._labels_N, 1.0)["accuracy"]
             for name, values in (("accuracy", logits_NK), ("student_accuracy", self._logits_NK))
@@ -205,19 +199,17 @@ class ClassExam:
             **accuracy,
         }
 
+    def _logits_of(self, source: ModelSource) -> npt.NDArray[np.float32]:
+        """float32 (N, K) that a model gives the rows, on the CPU."""
+        forward = Forward(source, self._names, max_length=self._config.data.max_length, device="cpu")
+        return forward.logits(forward.tokens(self._texts))
+
     def problem(self, format_name: str, facts: dict[str, Any]) -> str | None:
         assert self._config.export is not None
         return _problem(self._config.export, format_name, facts)
 
     def commands(self, format_name: str, folder: str) -> list[str]:
         return []
-
-
-def _logits(job: ScoringJob, texts: list[str]) -> npt.NDArray[np.float32]:
-    """float32 (N, K) of the texts, on the CPU."""
-    scorer = Scorer(job, device="cpu")
-    tokenizer = load_tokenizer(job.source.folder(), job.source.setting)
-    return scorer.logits(tokenise(tokenizer, texts, job.max_length))
 
 
 def _calibration(config: Config, run: Run, tokenizer: Any) -> list[dict[str, npt.NDArray[np.int64]]]:

@@ -14,7 +14,7 @@ import torch
 from raydistill.data.tokens import load_tokenizer, pack_by_length, pad, tokenise
 from raydistill.exports.onnx_file import OnnxModel
 from raydistill.models.source import ModelSource
-from raydistill.stages.scoring import DTYPES, TOKENS_PER_BATCH
+from raydistill.stages.forward import DTYPES, TOKENS_PER_BATCH
 
 WARM_UP = 8
 ROUNDS = 3  # of batches, the models in turn; the median counts, so that no model pays for being first

@@ -21,18 +21,15 @@ import torch
 from raydistill.cache.shards import write_logits
 from raydistill.data.folds import FoldRows
 from raydistill.data.shards import DataShard, read_shard
-from raydistill.data.tokens import Tokens, load_tokenizer, pack_by_length, pad, tokenise
+from raydistill.data.tokens import Tokens
 from raydistill.errors import UserError, storage_problem
-from raydistill.models.configuration import label_order
 from raydistill.models.source import ModelSource
 from raydistill.record.commit import Entry, Manifest, committed_shard
 from raydistill.record.store import open_store
 from raydistill.stages.cluster import Share
 from raydistill.stages.feature_scoring import FeatureOutput, FeatureScorer, ShardOfFeatures
+from raydistill.stages.forward import Forward
 from raydistill.stages.progress import Progress
-
-TOKENS_PER_BATCH = {"cpu": 512, "cuda": 16_384}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Job(Protocol):
@@ -80,17 +77,15 @@ class Scorer:
         if threads:
             torch.set_num_threads(threads)
         self._job = job
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._data, self._output = open_store(job.data_url), open_store(job.output_url)
-        setting, folder = job.source.setting, job.source.folder()
-        self._order = label_order(setting, folder, list(job.labels))
-        self._tokenizer = load_tokenizer(folder, setting)
-        self._model = job.source.load(DTYPES[job.dtype]).to(self._device)
-        self._model.requires_grad_(False)
-        self._features = FeatureScorer(job.features, self._model, self._output) if job.features else None
+        self.forward = Forward(
+            job.source, job.labels, max_length=job.max_length, dtype=job.dtype, device=device,
+            tokens_per_batch=job.tokens_per_batch,
+        )  # fmt: skip
+        self._features = FeatureScorer(job.features, self.forward.model, self._output) if job.features else None
         self._versions = self._written_counts()
         self._rows = job.rows.open() if job.rows else None
-        self._forward = threading.Lock()
+        self._one_at_a_time = threading.Lock()
 
     def score_shard(self, entry: Entry) -> tuple[Entry, dict[str, float]]:
         """Scores and commits one shard: its entry, and the seconds and tokens it took.
@@ -106,9 +101,9 @@ class Scorer:
         rows = read_shard(self._data, entry)
         if self._rows:
             rows = rows.where(self._rows.chosen(rows))
-        tokens = tokenise(self._tokenizer, rows.texts, self._job.max_length)
+        tokens = self.forward.tokens(rows.texts)
         with features.writing(rows, tokens) if features and not kept else contextlib.nullcontext() as writer:
-            with self._forward:
+            with self._one_at_a_time:
                 started = time.perf_counter()
                 logits = self.logits(tokens, writer)
                 seconds = time.perf_counter() - started
@@ -133,17 +128,9 @@ class Scorer:
 
     def logits(self, tokens: Tokens, writer: ShardOfFeatures | None = None) -> np.ndarray:
         """float32 logits of every row in the order of the data's labels; the rows' features go to the writer."""
-        result = np.empty((len(tokens), len(self._order)), np.float32)
-        budget = self._job.tokens_per_batch or TOKENS_PER_BATCH[self._device.type]
-        with torch.inference_mode():
-            for batch in pack_by_length(tokens.lengths_N, budget):
-                inputs = pad([tokens.row(int(i)) for i in batch], self._tokenizer.pad_token_id)
-                inputs = {name: value.to(self._device) for name, value in inputs.items()}
-                output = self._model(**inputs).logits
-                if self._features:
-                    self._features.take(batch, inputs["attention_mask"], writer)
-                result[batch] = output.float().cpu().numpy()[:, self._order]
-        return result
+        features = self._features
+        look = None if features is None else lambda batch, mask_NL: features.take(batch, mask_NL, writer)
+        return self.forward.logits(tokens, look)
 
     def _check_finite(self, rows: DataShard, logits: np.ndarray) -> None:
         broken = ~np.isfinite(logits).all(axis=1)
@@ -155,11 +142,13 @@ class Scorer:
 
     def _written_counts(self) -> int:
         """torch counts in-place writes to each tensor; the sum stays the same while nothing writes to the weights."""
-        return sum(p._version for p in self._model.parameters())
+        return sum(p._version for p in self.forward.model.parameters())
 
     def _check_frozen(self) -> None:
-        assert not self._model.training, "the model left eval mode"
-        assert not any(p.requires_grad for p in self._model.parameters()), "a weight of the model asks for a gradient"
+        assert not self.forward.model.training, "the model left eval mode"
+        assert not any(p.requires_grad for p in self.forward.model.parameters()), (
+            "a weight of the model asks for a gradient"
+        )
         assert self._written_counts() == self._versions, "the model's weights were written to while it scored"
 
 

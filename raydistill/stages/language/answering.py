@@ -19,7 +19,7 @@ from raydistill.models.source import ModelSource
 from raydistill.models.writing import Sampling, write_tokens
 from raydistill.record.commit import Entry, committed_shard
 from raydistill.record.store import open_store
-from raydistill.stages.scoring import DTYPES
+from raydistill.stages.forward import DTYPES
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
 
-from raydistill.data.tokens import load_tokenizer
+from raydistill.data.tokens import load_tokenizer, pack_by_length
 from raydistill.models.loading import count_parameters, load_language_model
 from raydistill.models.source import ModelSource
-from raydistill.stages.scoring import DTYPES
+from raydistill.stages.forward import DTYPES
 
 WARM_UP = 2
+TOKENS_PER_BATCH = 4096  # of prompts and what is written after them
 
 
 def measure_generation(
@@ -69,6 +71,40 @@ def measure_generation(
         }
         for name, model in models.items()
     }
+
+
+def completions(
+    model: Any,
+    prompts: list[list[int]],
+    new_tokens: int,
+    *,
+    ends: Collection[int],
+    pad_id: int | None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> list[list[int]]:
+    """What a model goes on with after each prompt, the likeliest token each time: up to an end, with it, or so many.
+
+    Prompts of about the same length are one batch, padded on the left, where no position and no attention counts it.
+    """
+    found, spare = list[list[int]]([[]] * len(prompts)), 0 if pad_id is None else pad_id
+    lengths_N = np.array([len(prompt) + new_tokens for prompt in prompts], np.int64)
+    with torch.inference_mode():
+        for batch in pack_by_length(lengths_N, tokens_per_batch) if prompts else []:
+            longest = max(len(prompts[row]) for row in batch)
+            ids = torch.full((len(batch), longest), spare, device=model.device)
+            mask = torch.zeros_like(ids)
+            for place, row in enumerate(batch.tolist()):
+                start = longest - len(prompts[row])
+                ids[place, start:] = torch.tensor(prompts[row])
+                mask[place, start:] = 1
+            made = model.generate(
+                ids, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False, pad_token_id=spare,
+                eos_token_id=sorted(ends) or -1,
+            )  # fmt: skip
+            for row, tokens in zip(batch.tolist(), made[:, longest:].tolist(), strict=True):
+                length = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+                found[row] = tokens[:length]
+    return found
 
 
 def written_by(model: Any, prompt: list[int], new_tokens: int, pad_id: int | None) -> list[int]:

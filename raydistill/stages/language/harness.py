@@ -15,7 +15,7 @@ from raydistill.models.loading import load_language_model
 from raydistill.models.source import ModelSource
 from raydistill.record.fingerprint import seal, unseal
 from raydistill.record.store import Store, sha256_file
-from raydistill.stages.scoring import DTYPES
+from raydistill.stages.forward import DTYPES
 
 # By task and metric: value, and stderr where the harness has one.
 TaskResults = dict[str, dict[str, dict[str, float]]]

@@ -23,8 +23,8 @@ from raydistill.models.source import ModelSource
 from raydistill.next_token import chunk_of, hidden_states, output_head
 from raydistill.record.commit import Entry, commit_shard, committed_shard, open_verified
 from raydistill.record.store import Store, naming, open_store
+from raydistill.stages.forward import DTYPES, TOKENS_PER_BATCH
 from raydistill.stages.language.scoring import check_finite
-from raydistill.stages.scoring import DTYPES, TOKENS_PER_BATCH
 
 OWN, OF_TEACHER = ("nll", "accuracy"), ("kl", "agreement", "top5")
 FOLDER = "report/positions"

@@ -29,7 +29,7 @@ from raydistill.models.source import ModelSource
 from raydistill.next_token import check_parts, chunk_of, hidden_states, output_head
 from raydistill.record.commit import Entry, committed_shard
 from raydistill.record.store import open_store
-from raydistill.stages.scoring import DTYPES, TOKENS_PER_BATCH
+from raydistill.stages.forward import DTYPES, TOKENS_PER_BATCH
 from raydistill.targets import SparseTargets
 
 FLOAT16_MAX = 65504.0

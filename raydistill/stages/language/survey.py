@@ -11,7 +11,8 @@ import numpy as np
 
 from raydistill.config.run import Config
 from raydistill.data.documents import Asks, read_documents
-from raydistill.data.sources import Dropped, Fields, Source, find_sources, kind_of
+from raydistill.data.readers import Fields, kind_of
+from raydistill.data.sources import Dropped, Source, find_sources
 from raydistill.data.splits import ValidationDraw
 from raydistill.data.token_rows import Rules, tokenise_documents
 from raydistill.data.tokens import load_tokenizer

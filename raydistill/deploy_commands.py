@@ -1,0 +1,59 @@
+"""The commands that use a finished model: their options, as `cli.py` registers them."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated
+
+import typer
+
+from raydistill.errors import UserError
+from raydistill.stages.progress import Progress
+from raydistill.terminal import err
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="a run's folder (its student), a student's folder, a folder of a run's export/, a URL of one, or a hub id",
+    ),
+]
+
+
+def predict(
+    model: Model,
+    file: Annotated[
+        str, typer.Argument(metavar="[FILE]", help=".csv .tsv .jsonl .parquet, .txt of lines, or - for standard input")
+    ] = "-",
+    text: Annotated[str, typer.Option(help="the column with the texts")] = "text",
+    delimiter: Annotated[str, typer.Option(help="of a .csv file")] = ",",
+    out: Annotated[str | None, typer.Option(help="a .csv or .jsonl file; absent: standard output")] = None,
+    format: Annotated[str | None, typer.Option(help="csv or jsonl; absent: by --out, else csv")] = None,
+    with_text: Annotated[bool, typer.Option("--with-text", help="write the texts beside their answers")] = False,
+    top: Annotated[int, typer.Option(min=0, max=10_000, help="list so many classes, the likeliest first")] = 0,
+    all_classes: Annotated[bool, typer.Option("--all", help="write the probability of every class")] = False,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="multi_label: a label from here on; absent: above one half")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="causal_lm: tokens to write; absent: 128")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="causal_lm: a text is a user's message of a chat")] = False,
+    chunk_rows: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="rows that are read before their answers are written")
+    ] = 1024,
+) -> None:
+    """Answer every row of a file with a finished student, or with an exported file."""
+    from raydistill.serving.answers import Asked
+    from raydistill.serving.predict import Request
+    from raydistill.serving.predict import predict as answer
+
+    if len(delimiter) != 1:
+        raise UserError(f"--delimiter: found {delimiter!r}; it is one character")
+    asked = Asked(top=top, all_classes=all_classes, threshold=threshold, max_tokens=max_tokens, chat=chat)
+    request = Request(
+        model, file, text=text, delimiter=delimiter, out=out, format=format, with_text=with_text, chunk_rows=chunk_rows,
+        asked=asked,
+    )  # fmt: skip
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    answer(request, Progress(err.print), sys.stdin.buffer, sys.stdout)

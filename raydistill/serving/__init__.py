@@ -1,0 +1,1 @@
+"""Answers of a finished model: over files (`predict`) and over HTTP (`serve`)."""
