@@ -113,7 +113,7 @@ def teacher_stage(out: Path) -> dict[str, dict]:
     torch.set_num_threads(1)
     bare = scorer(out, "bfloat16")
     tokens = [tokenise(bare._tokenizer, read_shard(run.store, e).texts, config.data.max_length) for e in entries]
-    connect(config)
+    connect(config.cluster)
     bare_rates, stage_rates = [], []
     for attempt in range(3):
         started = time.perf_counter()

@@ -10,7 +10,7 @@ import typer
 
 from raydistill.errors import UserError
 from raydistill.stages.progress import Progress
-from raydistill.terminal import err
+from raydistill.terminal import err, out
 
 Model = Annotated[
     str,
@@ -57,3 +57,39 @@ def predict(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", newline="")
     answer(request, Progress(err.print), sys.stdin.buffer, sys.stdout)
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="to listen on; 0.0.0.0 for all of this machine's addresses")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    address: Annotated[
+        str | None, typer.Option(help="a running Ray cluster; absent: a new local one, which ends with the command")
+    ] = None,
+    name: Annotated[str, typer.Option(help="of the application on the cluster")] = "raydistill",
+    route: Annotated[str, typer.Option(help="what paths begin with")] = "/",
+    replicas: Annotated[int, typer.Option(min=1, max=4096, help="copies of the model")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=4096, help="CPUs of each")] = 1,
+    max_batch: Annotated[int, typer.Option(min=1, max=4096, help="texts computed together, and of one request")] = 64,
+    batch_wait_ms: Annotated[float, typer.Option(min=0, max=10_000, help="a batch waits so long for more texts")] = 2,
+    max_characters: Annotated[
+        int, typer.Option(min=1, max=10_000_000, help="of a text; longer ones get a 422")
+    ] = 20_000,
+    threshold: Annotated[
+        float | None, typer.Option(min=0, max=1, help="multi_label: a label from here on; absent: above one half")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="causal_lm: tokens to write; absent: 128")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="causal_lm: a text is a user's message of a chat")] = False,
+) -> None:
+    """Answer requests over HTTP with a finished student, or with an exported file, by Ray Serve."""
+    from raydistill.serving.answers import Asked
+    from raydistill.serving.serve import Service, serve_model
+
+    if not route.startswith("/"):
+        raise UserError(f"--route: found {route!r}; it begins with /")
+    service = Service(
+        model, host=host, port=port, address=address, name=name, route=route, replicas=replicas, threads=threads,
+        max_batch=max_batch, batch_wait_ms=batch_wait_ms, max_characters=max_characters,
+        asked=Asked(threshold=threshold, max_tokens=max_tokens, chat=chat),
+    )  # fmt: skip
+    serve_model(service, Progress(out.print))

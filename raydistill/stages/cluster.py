@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.run import Config
+from raydistill.config.run import Cluster, Config
 from raydistill.config.training import Training
 from raydistill.errors import UserError, first_line
 from raydistill.record.store import LocalStore, Store
@@ -33,8 +33,8 @@ class Share:
     gpus: int
 
 
-def connect(config: Config) -> Resources:
-    """Connects to the cluster of the job, the one in the config, or a new local one on loopback; what it has."""
+def connect(asked: Cluster, setting: str = "cluster.address") -> Resources:
+    """Connects to the cluster of the job, the one that is asked for, or a new local one on loopback; what it has."""
     import ray
 
     if not ray.is_initialized():
@@ -45,11 +45,11 @@ def connect(config: Config) -> Resources:
         os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
         if os.environ.get("RAY_ADDRESS"):
-            _connect_to(ray, os.environ["RAY_ADDRESS"], options)
-        elif config.cluster.address != "local":
-            _connect_to(ray, config.cluster.address, {**options, "address": config.cluster.address})
+            _connect_to(ray, "RAY_ADDRESS", os.environ["RAY_ADDRESS"], options)
+        elif asked.address != "local":
+            _connect_to(ray, setting, asked.address, {**options, "address": asked.address})
         else:
-            cpus = config.cluster.cpus or len(os.sched_getaffinity(0))
+            cpus = asked.cpus or len(os.sched_getaffinity(0))
             ray.init(
                 address="local", num_cpus=cpus, include_dashboard=False, resources={"trial_driver": 100},
                 object_store_memory=OBJECT_STORE_BYTES, _node_ip_address="127.0.0.1",
@@ -63,12 +63,12 @@ def connect(config: Config) -> Resources:
     )
 
 
-def _connect_to(ray: Any, address: str, options: dict[str, Any]) -> None:
+def _connect_to(ray: Any, setting: str, address: str, options: dict[str, Any]) -> None:
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises many kinds for an address where nothing answers
         raise UserError(
-            f"cluster.address: {address}: cannot be reached ({first_line(error)}). Check the address and RAY_AUTH_TOKEN"
+            f"{setting}: {address}: cannot be reached ({first_line(error)}). Check the address and RAY_AUTH_TOKEN"
         ) from None
 
 

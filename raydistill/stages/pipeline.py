@@ -116,7 +116,7 @@ def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
 
     started_here = not ray.is_initialized()
     try:
-        yield connect(config)
+        yield connect(config.cluster)
     finally:
         if started_here:
             ray.shutdown()
