@@ -81,6 +81,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None, redo: Redo = None)
 
 app.command()(deploy_commands.predict)
 app.command()(deploy_commands.serve)
+app.command()(deploy_commands.review)
 
 
 @app.command()

@@ -7,7 +7,9 @@ import sys
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
+from raydistill.config.section import MAX_SEED
 from raydistill.errors import UserError
 from raydistill.stages.progress import Progress
 from raydistill.terminal import err, out
@@ -93,3 +95,31 @@ def serve(
         asked=Asked(threshold=threshold, max_tokens=max_tokens, chat=chat),
     )  # fmt: skip
     serve_model(service, Progress(out.print))
+
+
+def review(
+    run_folder: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, <storage>/<name>")],
+    rows: Annotated[int, typer.Option(min=20, max=10_000, help="of the sample, of four kinds as many each")] = 160,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="of what is drawn")] = 0,
+    again: Annotated[bool, typer.Option("--again", help="draw anew; what stands there is kept aside")] = False,
+) -> None:
+    """Draw a sample of the teacher's answers for a person to mark; or read the marks, and say what they tell."""
+    from raydistill.config.file import load_config
+    from raydistill.record.lock import run_lock
+    from raydistill.record.run import find_run
+    from raydistill.report.review import review_lines, review_table
+    from raydistill.stages.review import review as read_or_draw
+
+    found = find_run(run_folder)
+    config = load_config(found.store.local("config.yaml"))
+    run = found.lent(config.teacher.cache_from)
+    with run_lock(run.store):
+        summary = read_or_draw(config, run, rows=rows, seed=seed, again=again, progress=Progress(err.print))
+    header, lines = review_table(summary)
+    table = Table(*header, box=None)
+    for line in lines:
+        table.add_row(*line)
+    out.print(table)
+    for line in review_lines(summary):
+        out.print(line)
+    out.print(f"mark rows in {run.store.where('review/review.html')} or review.csv beside it, then run this again")

@@ -32,15 +32,17 @@ class TeacherTargets:
     """The teacher's outputs for the rows of a batch, in the batch's order.
 
     logits_NK: float32, K classes in the order of the data's labels. features: for each feature term of the objective
-    and each of its pairs of layers, what the term compares.
+    and each of its pairs of layers, what the term compares. excluded_N: the rows that are not learned from them.
     """
 
     logits_NK: torch.Tensor
     features: tuple[tuple[torch.Tensor, ...], ...] = ()
+    excluded_N: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> TeacherTargets:
         moved = tuple(tuple(f.to(device, non_blocking=True) for f in term) for term in self.features)
-        return TeacherTargets(self.logits_NK.to(device, non_blocking=True), moved)
+        excluded_N = None if self.excluded_N is None else self.excluded_N.to(device, non_blocking=True)
+        return TeacherTargets(self.logits_NK.to(device, non_blocking=True), moved, excluded_N)
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,14 @@ class Harness(Section):
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the examples in prompts")
 
 
+class Card(Section):
+    """What the student's model card says to the hub that no file of the run knows."""
+
+    license: str = Field(default="unknown", min_length=1, description="the hub's name of it, such as apache-2.0")
+    language: tuple[str, ...] = Field(default=(), description="codes such as en")
+    datasets: tuple[str, ...] = Field(default=(), description="hub ids; absent: those of data.train")
+
+
 class Evaluate(Section):
     """What is compared, on what, and how it is timed."""
 
@@ -70,6 +78,7 @@ class Evaluate(Section):
         {}, description="further students and exported files by a name of your choice: folders, or hub ids"
     )
     sets: dict[str, EvaluationSet] = Added({}, description="further files by a name of your choice")
+    card: Card | None = Added(None, description="of the model card; absent: its license is unknown")
     quantise_teacher: bool = Added(
         False, description="compare the teacher with 8-bit weights and activations too: the way without distillation"
     )

@@ -66,7 +66,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "student": (
         "trim_vocabulary", "vocabulary_min_count", "max_positions", "embedding_size",
     ),
-    "train": ("group_by_length",),
+    "train": ("group_by_length", "exclude"),
     "train.loss": ("standardise", "hard_targets", "features", "features_from"),
     "export": ("max_accuracy_loss", "calibration_rows"),
     "evaluate": ("latency_rounds", "devices", "price_per_hour", "retention", "models", "sets", "quantise_teacher"),

@@ -156,6 +156,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _excluded_rows_had_a_teacher(self) -> Config:
+        if self.train.exclude is not None and not any(loss.has_teacher for loss in self.train.losses):
+            raise ValueError(
+                "train.exclude: nothing is learned from the teacher with train.loss.alpha: 0; raise alpha, or remove"
+                " exclude"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _quantised_weights_stay_whole(self) -> Config:
         if self.student.lora and self.student.lora.quantised and self.train.deepspeed.zero_stage == 3:
             raise ValueError(

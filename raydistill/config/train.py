@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from raydistill.config.exclude import Exclude
 from raydistill.config.loss import Loss
 from raydistill.config.section import MAX_SEED, PLAIN_NAME, Added, Section, Speed
 from raydistill.config.training import Metric, Training
@@ -78,6 +79,9 @@ class Train(Training):
         description="the head trains first, then layer by layer from the last one down, then the embeddings; by which"
         " share of the training all of them do, or a list of each one's share (ULMFiT, arXiv:1801.06146)",
     )
+    exclude: Exclude | None = Added(
+        None, description="rows of train that the student does not learn from the teacher; their labels still teach"
+    )
     stages: tuple[Stage, ...] | None = Added(
         None, description="trainings one after the other; the student is what the last one makes"
     )
@@ -114,6 +118,10 @@ class Train(Training):
         if stage.teacher == "previous" and settings.loss.features_from == "cache":
             raise ValueError(
                 "teacher: previous, and the cache holds the first teacher's features. Set loss.features_from: teacher"
+            )
+        if stage.teacher == "previous" and self.exclude is not None:
+            raise ValueError(
+                "teacher: previous, and train.exclude is about what the first teacher says. Remove the one or the other"
             )
         if number > 0 and stage.start == "fresh" and stage.teacher == "teacher":
             raise ValueError(

@@ -15,6 +15,7 @@ import torch
 
 from raydistill.cache.feature_shards import FeatureShard, read_features
 from raydistill.cache.shards import LogitShard, read_logits
+from raydistill.data.exclusion import Exclusion
 from raydistill.data.feature_targets import FOLDER, CachedFeatures
 from raydistill.data.folds import FoldRows
 from raydistill.data.held_shards import HeldShards
@@ -45,10 +46,11 @@ class Shard:
     labels_N: npt.NDArray[np.integer]  # int64, or (N, K) int8 for sets of labels
     logits_NK: npt.NDArray[np.float32] | None
     features: FeatureShard | None = None
+    excluded_N: npt.NDArray[np.bool_] | None = None  # from what the teacher says
 
     @property
     def nbytes(self) -> int:
-        targets = (part.nbytes for part in (self.logits_NK, self.features) if part is not None)
+        targets = (part.nbytes for part in (self.logits_NK, self.features, self.excluded_N) if part is not None)
         return self.tokens.nbytes + self.labels_N.nbytes + sum(targets)
 
 
@@ -57,7 +59,7 @@ class Split:
 
     The teacher's logits are divided by its temperature when they are read: a calibrated teacher's cache is kept raw.
     `rows` leaves the others out as if they were not in the data; the order of what is left depends on (seed, epoch)
-    alone.
+    alone. `exclusion` says which rows are not learned from the teacher.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Split:
         rows: FoldRows | None = None,
         cache_store: Store | None = None,
         cache_folder: str = "teacher/cache",
+        exclusion: Exclusion | None = None,
     ) -> None:
         self._store, self._cache, self._tokenizer, self._max_length = store, cache, tokenizer, max_length
         self._teacher_temperature = teacher_temperature
@@ -89,6 +92,7 @@ class Split:
         self._chosen = rows.open() if rows else None
         self.shard_rows = [self._chosen.count(e.file) if self._chosen else e.rows for e in self.entries]
         self.rows = sum(self.shard_rows)
+        self._exclusion = exclusion
         self._held = HeldShards(self._load)
 
     @property
@@ -107,15 +111,18 @@ class Split:
         whole, chosen_N = rows, self._chosen.chosen(rows) if self._chosen else None
         if chosen_N is not None:
             rows, logits = rows.where(chosen_N), None if logits is None else logits[chosen_N]
+        excluded = None
+        if self._exclusion is not None and logits is not None:
+            excluded = self._exclusion.excluded(rows.row_ids_N, rows.labels_N, logits)
         tokens = tokenise(self._tokenizer, rows.texts, self._max_length)
         labels = rows.labels_N if rows.labels_N.ndim > 1 else rows.labels_N.astype(np.int64)
         if self._features is None:
-            return Shard(tokens, labels, logits)
+            return Shard(tokens, labels, logits, None, excluded)
         if chosen_N is None:
-            return Shard(tokens, labels, logits, self._read_features(number, whole, tokens))
+            return Shard(tokens, labels, logits, self._read_features(number, whole, tokens), excluded)
         # The cache holds all rows of a shard, and is checked against all of them.
         all_tokens = tokenise(self._tokenizer, whole.texts, self._max_length)
-        return Shard(tokens, labels, logits, self._read_features(number, whole, all_tokens).where(chosen_N))
+        return Shard(tokens, labels, logits, self._read_features(number, whole, all_tokens).where(chosen_N), excluded)
 
     def _read_features(self, number: int, rows: DataShard, tokens: Tokens) -> FeatureShard:
         assert self._features is not None
@@ -138,8 +145,15 @@ class Split:
         teacher = None
         if self._cache is not None:
             logits = np.stack([shards[int(s)].logits_NK[r] for s, r in places])  # type: ignore[index]
-            teacher = TeacherTargets(torch.from_numpy(logits), self._features_of(shards, places))
+            excluded = self._excluded(shards, places)
+            teacher = TeacherTargets(torch.from_numpy(logits), self._features_of(shards, places), excluded)
         return Batch(pad(tokens, self._tokenizer.pad_token_id), labels, teacher, len(places) if rows is None else rows)
+
+    def _excluded(self, shards: dict[int, Shard], places: npt.NDArray[np.int64]) -> torch.Tensor | None:
+        if self._exclusion is None:
+            return None
+        masks = [(shards[int(s)].excluded_N, int(r)) for s, r in places]
+        return torch.tensor([mask is not None and bool(mask[row]) for mask, row in masks])
 
     def _features_of(
         self, shards: dict[int, Shard], places: npt.NDArray[np.int64]

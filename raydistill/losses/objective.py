@@ -4,7 +4,7 @@ Shapes: N rows, K classes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,6 +25,8 @@ class Objective:
     temperature^2 * KL(teacher || student). standardise: the response loss sees standardised logits, the cross-entropy
     never does. hard_targets: the data's labels, or the teacher's most likely class of every row (for a multi-label
     loss, each class that the teacher finds likelier than not), which then are the labels of the response loss too.
+    excludes: rows of `TeacherTargets.excluded_N` take no part in the response loss and the features, and learn from the
+    data's labels alone, with a row's whole weight, as with alpha 0.
     features: terms that are added, each with its weight, so that neither alpha nor the temperature touches them. With
     alpha 0, the data's labels and no features no teacher is needed. For a multi-label loss labels are (N, K) and the
     cross-entropy is the binary one, summed over classes, also with alpha 0. always_response: the response loss is
@@ -43,6 +45,7 @@ class Objective:
     hard_targets: Literal["labels", "teacher"] = "labels"
     features: tuple[FeatureTerm, ...] = ()
     always_response: bool = False
+    excludes: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in RESPONSE_LOSSES:
@@ -77,7 +80,8 @@ class Objective:
     def part_names(self) -> tuple[str, ...]:
         """The names of the parts that every call reports, in their order."""
         response = (self.response.part or self.kind,) if self.has_response else ()
-        return ("cross_entropy", *response, *(term.name or term.kind for term in self.features))
+        excluded = ("excluded_cross_entropy",) if self.excludes else ()
+        return ("cross_entropy", *response, *excluded, *(term.name or term.kind for term in self.features))
 
     def __call__(
         self,
@@ -119,11 +123,11 @@ class Objective:
             others = "hard_targets teacher" if self.hard_targets == "teacher" else "features"
             wants = f"alpha {self.alpha}" if self.has_response else others
             raise ValueError(f"{wants} needs the teacher's logits and the batch carries none")
+        if self.excludes:
+            return self._terms_without(student_logits_NK, labels_N, teacher, student_features, mask_NL)
         if teacher is not None and self.hard_targets == "teacher":
             labels_N = self._labels_of(teacher)
-        hard_loss = binary_cross_entropy_sum if self.response.multi_label else cross_entropy_sum
-        cross_entropy = hard_loss(student_logits_NK, labels_N, label_smoothing=self.label_smoothing)
-        terms = [(1 - self.alpha, cross_entropy)]
+        terms = [(1 - self.alpha, self._cross_entropy(student_logits_NK, labels_N))]
         if self.has_response:
             assert teacher is not None
             terms.append((self.alpha, self._response(teacher, student_logits_NK, labels_N)))
@@ -133,6 +137,39 @@ class Objective:
             for term, theirs, ours in zip(self.features, teacher.features, student_features, strict=True):
                 terms.append((term.weight, term.sum(theirs, ours, mask_NL)))
         return terms
+
+    def _terms_without(
+        self,
+        student_logits_NK: torch.Tensor,
+        labels_N: torch.Tensor,
+        teacher: TeacherTargets | None,
+        student_features: Sequence[Sequence[torch.Tensor]],
+        mask_NL: torch.Tensor | None,
+    ) -> list[tuple[float, torch.Tensor]]:
+        """The terms of the rows that are not excluded, and the cross-entropy of those that are."""
+        assert teacher is not None
+        assert teacher.excluded_N is not None
+        rows_N = ~teacher.excluded_N
+        theirs = tuple(tuple(part[rows_N] for part in term) for term in teacher.features)
+        ours = tuple(tuple(part[rows_N] for part in term) for term in student_features)
+        mask = None if mask_NL is None else mask_NL[rows_N]
+        kept = TeacherTargets(teacher.logits_NK[rows_N], theirs)
+        alone = self._cross_entropy(student_logits_NK[~rows_N], labels_N[~rows_N])
+        if rows_N.any():
+            terms = replace(self, excludes=False).terms(
+                student_logits_NK[rows_N], labels_N[rows_N], kept, student_features=ours, mask_NL=mask
+            )
+        else:  # a mean over no rows is not a number
+            nothing = [student_logits_NK.sum() * 0] * (1 + self.has_response)
+            nothing += [torch.stack([part.sum() for part in term]).sum() * 0 for term in student_features]
+            weights = [1 - self.alpha, *([self.alpha] * self.has_response), *(term.weight for term in self.features)]
+            terms = list(zip(weights, nothing, strict=True))
+        place = 1 + self.has_response
+        return [*terms[:place], (1.0, alone), *terms[place:]]
+
+    def _cross_entropy(self, student_logits_NK: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        hard_loss = binary_cross_entropy_sum if self.response.multi_label else cross_entropy_sum
+        return hard_loss(student_logits_NK, labels_N, label_smoothing=self.label_smoothing)
 
     def _response(
         self, teacher: TeacherTargets, student_logits_NK: torch.Tensor, labels_N: torch.Tensor

@@ -39,6 +39,7 @@ def gradient_squares(
 def _square(weight: float, loss: torch.Tensor, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
     if not loss.requires_grad:  # no row of the batch has a label
         return torch.zeros((), device=loss.device)
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    # Terms share what selects their rows where some rows are excluded.
+    gradients = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True, materialize_grads=True)
     squares = [gradient.float().square().sum() for gradient in gradients]
     return torch.stack(squares).sum() * weight**2

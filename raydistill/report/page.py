@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from raydistill.report import proof_pictures as pictures
 from raydistill.report.language_page import language_table, language_verdict, render_language
 from raydistill.report.over_seeds import Forms, seeds_table, seeds_verdict
+from raydistill.report.review import review_lines, review_table
 
 MODELS = ("teacher", "student", "control")
 LOSING_CLASSES = 12
@@ -134,7 +135,7 @@ def _alternatives(report: dict[str, Any]) -> list[str]:
     whole = report["teacher"]["size_bytes"]
     found = [one for one in report.get("others", []) if one["kind"] in ("export", "quantised teacher")]
     return [
-        f"Of the teacher's {quality_of(report)} {one['name']} keeps {one['retention']:.1%}, with"
+        f"Of the teacher's {quality_of(report)}, {one['name']} keeps {one['retention']:.1%}, with"
         f" {whole / one['size_bytes']:.1f} times fewer bytes on disk and requests answered"
         f" {report['teacher']['latency_ms_p50'] / one['latency_ms_p50']:.1f} times as fast."
         for one in found
@@ -155,6 +156,10 @@ def teacher_notes(report: dict[str, Any]) -> list[str]:
         notes.append(
             f"Its targets for train are cross-fitted: each row was scored by a teacher trained without the row's fold,"
             f" one of {folds}. The teacher that stands here was trained on all of train."
+        )
+    if excluded := report.get("excluded"):
+        notes.append(
+            f"{excluded['rows']:,} of {excluded['of']:,} rows were learned from their labels alone, by train.exclude."
         )
     if temperature := report.get("teacher_temperature"):
         notes.append(
@@ -261,7 +266,9 @@ def render(report: dict[str, Any]) -> str:
         return render_language(report)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]))
     header, rows = table(report)
+    review = report.get("review")
     return environment.get_template("report.html.j2").render(
+        review=(*review_table(review), review_lines(review)) if review else None,
         report=report, verdict=verdict(report), header=header, rows=rows, config=json.dumps(report["config"], indent=2),
         pictures=report_pictures(report), kept=retention_table(report), losing=losing_classes(report),
         sets=set_tables(report), quality=quality_of(report), seeds=seeds_table(report, seed_forms(report)),

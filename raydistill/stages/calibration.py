@@ -9,10 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from raydistill.cache.shards import read_logits
 from raydistill.config.run import Config
-from raydistill.data.loader import pair_entries
-from raydistill.data.shards import read_shard
 from raydistill.errors import UserError
 from raydistill.losses.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_label_temperature
 from raydistill.record.commit import commit_manifest
@@ -20,6 +17,7 @@ from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.report.measures import measures_of
 from raydistill.stages.progress import Progress
+from raydistill.stages.taught_rows import taught_shards
 
 FOLDER = "teacher/calibration"
 CERTAIN_NLL = 1e-3  # nats at the lowest temperature: more than a teacher has that is right on every row
@@ -84,14 +82,5 @@ def teacher_temperature(config: Config, run: Run) -> float:
 
 def _validation(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's cached logits on validation, and the labels."""
-    store, data, cache = run.home("data"), run.require("data"), run.require("cache")
-    entries = data.shards("validation")
-    logits, labels = [], []
-    for entry, cached in zip(entries, pair_entries(entries, cache.shards("validation")), strict=True):
-        rows, shard = read_shard(store, entry), read_logits(run.home("cache"), "teacher/cache", cached, cache)
-        if not np.array_equal(rows.row_ids_N, shard.row_ids_N):
-            where = run.home("cache").where(f"teacher/cache/{cached.file}")
-            raise UserError(f"{where}: holds other rows than its data shard. Score again with --redo teach")
-        logits.append(shard.logits_NK)
-        labels.append(rows.labels_N)
-    return np.concatenate(logits), np.concatenate(labels)
+    shards = list(taught_shards(run, ("validation",)))
+    return np.concatenate([logits for _, logits in shards]), np.concatenate([shard.labels_N for shard, _ in shards])

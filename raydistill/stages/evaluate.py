@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import time
 from typing import Any
 
@@ -15,13 +15,12 @@ from raydistill.data.shards import read_split
 from raydistill.losses.calibration import fit_label_temperature
 from raydistill.models.folders import model_identity
 from raydistill.models.source import ModelSource
-from raydistill.record.commit import Entry, Manifest, commit_manifest
+from raydistill.record.commit import Manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.record.store import Store
 from raydistill.report import proof
 from raydistill.report.over_seeds import over_seeds
-from raydistill.report.page import render
 from raydistill.stages.calibration import teacher_temperature
 from raydistill.stages.cluster import Resources
 from raydistill.stages.compared import Compared, compared_models, quantise_teacher, repeated_models
@@ -32,6 +31,8 @@ from raydistill.stages.extra_sets import ExtraSet, find_sets, set_store, slices_
 from raydistill.stages.prepare import data_report
 from raydistill.stages.progress import Progress
 from raydistill.stages.repetitions import Repetition, repeat, repeated, repetitions
+from raydistill.stages.report_files import commit_report, standing_report
+from raydistill.stages.review import reviewed
 from raydistill.stages.student import train_student
 from raydistill.stages.teachers import is_ensemble, members, teacher_source, teacher_sources
 from raydistill.stages.timing import Speed, load_of, time_models
@@ -56,7 +57,7 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     plan = report_plan(config, run, data, student, control, models, sets)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")
-        return json.loads(run.store.read("report/report.json"))
+        return standing_report(run)
     scored = score_models(
         models + repeated_models(config, run), config, run, data, plan, resources, progress, splits=SPLITS
     )
@@ -69,7 +70,7 @@ def evaluate(config: Config, run: Run, resources: Resources, progress: Progress)
     if again := repetitions(config):
         rows = _rows(run.home("data"), data, data.facts["labels"], {name: s["test"] for name, s in logits.items()})
         report["seeds"] = over_seeds([_training(rows, config.train.seed), *(_training(rows, o.seed, o) for o in again)])
-    commit_report(run, plan, report)
+    commit_report(run, plan.fingerprint, report)
     return report
 
 
@@ -180,6 +181,10 @@ def _report(
         "teacher_combine": config.teacher.combine if is_ensemble(config) else None,
         "cross_fit": config.teacher.cross_fit,
         "teacher_temperature": teacher_temperature(config, run) if config.teacher.calibrate else None,
+        "base_models": base_models(config),
+        "hub_datasets": hub_datasets(config),
+        "review": reviewed(run),
+        "excluded": run.require("student").facts.get("excluded"),
         "teacher_forwards_per_row": forwards_per_row(data, run.require("cache")),
         "measured": {
             "latency_requests": load_of(config).rounds * load_of(config).requests,
@@ -230,6 +235,19 @@ def _curves(config: Config, run: Run) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def base_models(config: Config) -> list[str]:
+    """The hub ids of what the student came from; a folder's path says nothing elsewhere."""
+    named = [config.teacher.model, *([config.student.model] if config.student.init == "pretrained" else [])]
+    return [model for model in dict.fromkeys(named) if model and not os.path.isabs(model) and not os.path.isdir(model)]
+
+
+def hub_datasets(config: Config) -> list[str]:
+    """The hub ids of the data sets that train came from."""
+    train = config.data.train
+    name = train.removeprefix("hf://").partition("@")[0].partition(":")[0]
+    return [name] if train.startswith("hf://") and not name.startswith("/") else []
+
+
 def forwards_per_row(data: Manifest, cache: Manifest) -> float:
     """Rows that the teacher scored for the cache, by the records of its workers, for each row that is not test."""
     return cache.facts["forwards"] / sum(rows for split, rows in data.facts["rows"].items() if split != "test")
@@ -249,14 +267,3 @@ def fingerprints(run: Run, plan: Plan) -> dict[str, str]:
         part: manifest.fingerprint for part in run.parts() if part != "report" and (manifest := run.complete(part))
     }
     return {**found, "report": plan.fingerprint}
-
-
-def commit_report(run: Run, plan: Plan, report: dict[str, Any]) -> None:
-    """Both files, then the manifest that names them and every shard of logits."""
-    run.store.write("report/report.json", json.dumps(report, indent=1).encode() + b"\n")
-    run.store.write("report/report.html", render(report).encode())
-    entries = [
-        Entry(name, run.store.sha256(f"report/{name}"), run.store.size(f"report/{name}"))
-        for name in ("report.json", "report.html")
-    ]
-    commit_manifest(run.store, "report", plan.fingerprint, entries)

@@ -11,6 +11,7 @@ import torch
 
 from raydistill.config.run import Config
 from raydistill.config.training import Training
+from raydistill.data.exclusion import Exclusion
 from raydistill.data.feature_targets import cached_features
 from raydistill.data.folds import FoldRows
 from raydistill.data.loader import Split
@@ -58,6 +59,8 @@ class TrainingJob:
     courses: Mapping[str, Course] = field(default_factory=dict[str, Course])  # of the objective's numbers that change
     begins_with: ModelSource | None = None  # the model whose weights it goes on from, in the place of first ones
     unfreeze: float | tuple[float, ...] | None = None  # when the student's depths begin to train
+    exclusion: Exclusion | None = None  # rows that are not learned from the teacher
+    excluded: Mapping[str, int] | None = None  # how many they are
     own_cache: str | None = None  # the folder, in the run, of other targets than the teacher's
     stages_before: Mapping[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # what they came to
 
@@ -133,6 +136,6 @@ def open_split(job: TrainingJob, splits: tuple[str, ...], tokenizer: Any) -> Spl
     return Split(
         store, splits, data, cache, tokenizer=tokenizer, max_length=job.config.data.max_length,
         teacher_temperature=job.teacher_temperature, rows=job.rows if "train" in splits else None,
-        cache_store=targets, cache_folder=folder,
+        cache_store=targets, cache_folder=folder, exclusion=job.exclusion if splits == job.splits else None,
         features=cached_features(store, class_objective(job).features) if from_cache else None,
     )  # fmt: skip

@@ -242,6 +242,7 @@ class TrainingRank:
             "seconds": round(self.state.seconds, 1),
             "parameters": count_parameters(model),
             "precision": self.job.precision,
+            **({"excluded": dict(self.job.excluded)} if self.job.excluded else {}),
             **({"stages_before": dict(self.job.stages_before)} if self.job.stages_before else {}),
         }
         commit_folder(self.store, staged, self.job.product, self.job.fingerprint, facts)

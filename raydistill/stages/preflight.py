@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from raydistill.stages.adapted import check_adapters, check_quantising_device
 from raydistill.stages.augmenting import mask_token
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, check_precision, share_for_actors, share_for_training
+from raydistill.stages.excluding import check_exclusion, excluded_rows, exclusion_line
 from raydistill.stages.export import check_exports_stand
 from raydistill.stages.feature_cache import check_lent_features, features_plan
 from raydistill.stages.feature_cost import FeatureCost, feature_cost
 from raydistill.stages.features import feature_terms
-from raydistill.stages.prepare import Surveyed
+from raydistill.stages.prepare import Surveyed, data_plan
 from raydistill.stages.progress import size
 from raydistill.stages.search_cost import SearchCost, search_cost
 from raydistill.stages.teach import teacher_dtype
@@ -82,6 +83,7 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         check_adapters(config.student.lora, skeleton)
     check_unfreezing(config, skeleton)
     check_lent_features(config, run, folder)
+    check_exclusion(config, run, labels)
 
 
 def skeleton_maker(config: Config, teacher_folder: Path, labels: list[str]) -> Callable[[], Any]:
@@ -219,6 +221,7 @@ class Cost:
     student_cache_bytes: int = 0
     search: SearchCost | None = None
     exports: tuple[str, ...] = ()
+    exclusion: str = ""
 
     def lines(self) -> list[str]:
         steps = ", ".join(f"{name} {count:,}" for name, count in self.steps.items())
@@ -229,6 +232,7 @@ class Cost:
             + (f", and {size(self.pass_bytes)} that it is made of" if self.pass_bytes else ""),
             f"optimiser steps at most: {steps}",
             *([self.search.line()] if self.search else []),
+            *([self.exclusion] if self.exclusion else []),
             *(self.features.lines() if self.features else []),
             *([f"export: {', '.join(self.exports)}, each compared with the student"] if self.exports else []),
             *(
@@ -261,7 +265,17 @@ def run_cost(config: Config, run: Run, surveyed: Surveyed | None) -> Cost:
     learnt = sum(rows.get(split, 0) for split in STUDENT_SPLITS)
     features = feature_cost(config, run, surveyed, folder, learnt)
     searched = search_cost(config, learnt, folder) if config.tune is not None else None
-    return cost(config, rows, len(labels), features, searched)
+    found = cost(config, rows, len(labels), features, searched)
+    return replace(found, exclusion=_exclusion(config, run, surveyed)) if config.train.exclude else found
+
+
+def _exclusion(config: Config, run: Run, surveyed: Surveyed | None) -> str:
+    """How many rows are excluded, where the teacher has scored those that were found."""
+    data = run.complete("data")
+    stands = data is not None and (surveyed is None or data.fingerprint == data_plan(config, surveyed).fingerprint)
+    known = stands and run.complete("cache") is not None
+    known = known and (not config.teacher.calibrate or run.complete("calibration") is not None)
+    return exclusion_line(excluded_rows(config, run) if known else None)
 
 
 def cost(

@@ -6,6 +6,7 @@ from raydistill.config.run import Config
 from raydistill.record.commit import Manifest
 from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources
+from raydistill.stages.excluding import excluded_rows, exclusion_line
 from raydistill.stages.progress import Progress
 from raydistill.stages.repetitions import repeat
 from raydistill.stages.student import train_student
@@ -19,7 +20,10 @@ def train(config: Config, run: Run, resources: Resources, progress: Progress) ->
     run.require("cache")
     if config.train.caches_features:
         run.require("features")
+    excluded = excluded_rows(config, run)
+    if excluded is not None:
+        progress.say(f"train: {exclusion_line(excluded)}")
     source = teacher_source(config, run)
-    manifest = train_student(TrainingRequest("student", config, run, resources, source), progress)
+    manifest = train_student(TrainingRequest("student", config, run, resources, source, excluded=excluded), progress)
     repeat("student", config, run, resources, progress)
     return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run, part_of
 from raydistill.stages.calibration import calibration_plan, teacher_temperature
 from raydistill.stages.cluster import Resources, gains_from_bf16
+from raydistill.stages.excluding import exclusion_of, marks_input
 from raydistill.stages.features import feature_terms
 from raydistill.stages.job import TrainingJob
 from raydistill.stages.language.objective import language_objective
@@ -40,6 +42,7 @@ class TrainingRequest:
     part: str = ""  # of the run that it becomes, where that is not named as the role
     without_fold: int | None = None  # of train, that a teacher leaves out
     stage: TrainingStage | None = None  # whose settings `config` has then
+    excluded: Mapping[str, int] | None = None  # rows by the parts of train.exclude
 
     @property
     def name(self) -> str:
@@ -77,7 +80,7 @@ def training_plan(request: TrainingRequest) -> Plan:
         inputs |= student_inputs(config, request.source)
     if role == "student":
         inputs |= _taught_inputs(config, run)
-    skip = ("precision", "loss") if role == "control" else ("precision",)
+    skip = ("precision", "loss", "exclude") if role == "control" else ("precision",)
     if isinstance(settings, Train) and settings.stages is not None:
         inputs[f"{request.section}.stages"] = stage_inputs(role, config)
     else:
@@ -97,7 +100,7 @@ def _taught_inputs(config: Config, run: Run) -> dict[str, Any]:
         inputs["teacher.features_of"] = config.teacher.features_of
     if config.train.caches_features:
         inputs["features"] = run.require("features").fingerprint
-    return inputs
+    return inputs | marks_input(config, run)
 
 
 def student_inputs(config: Config, teacher: ModelSource) -> dict[str, Any]:
@@ -147,7 +150,8 @@ def training_job(request: TrainingRequest, plan: Plan) -> TrainingJob:
         objective = Objective(kind=response, label_smoothing=smoothing)
         if role == "student":
             features = feature_terms(config, source.folder(), request.stage)
-            objective = replace(student_objective(settings.loss, config.task), features=features)
+            excludes = settings.exclude is not None and settings.loss.has_teacher
+            objective = replace(student_objective(settings.loss, config.task), features=features, excludes=excludes)
             courses = loss_courses(settings.loss)
     if config.task == "causal_lm":
         objective = language_objective(role, settings)
@@ -169,6 +173,7 @@ def training_job(request: TrainingRequest, plan: Plan) -> TrainingJob:
         teacher_temperature=teacher_temperature(config, run) if role == "student" else 1.0,
         beside=feature_source(config, run) if has_features and config.teacher.features_of else None,
         unfreeze=settings.unfreeze if isinstance(settings, Train) else None,
+        exclusion=exclusion_of(config, run) if role == "student" else None, excluded=request.excluded,
         folder=part_of(part).folder, product=part_of(part).product, courses=courses, rows=rows,
     )  # fmt: skip
 

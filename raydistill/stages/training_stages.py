@@ -86,5 +86,5 @@ def _inputs(stage: TrainingStage) -> dict[str, Any]:
     start = {"start": "previous" if stage.goes_on else "fresh"}
     if stage.role == "student":
         return identity(stage.settings, skip=("precision",)) | start | {"own_teacher": stage.own_teacher}
-    settings = identity(stage.settings, skip=("precision", "loss"))
+    settings = identity(stage.settings, skip=("precision", "loss", "exclude"))
     return settings | start | {"label_smoothing": stage.settings.loss.label_smoothing}

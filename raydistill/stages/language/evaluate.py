@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from typing import Any
 
@@ -19,7 +18,7 @@ from raydistill.report.language import compare_models, language_metrics, of_trai
 from raydistill.report.over_seeds import over_seeds
 from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.environment import device_name, environment
-from raydistill.stages.evaluate import commit_report, fingerprints, forwards_per_row, size_bytes
+from raydistill.stages.evaluate import base_models, fingerprints, forwards_per_row, hub_datasets, size_bytes
 from raydistill.stages.language.generation import measure_generation
 from raydistill.stages.language.harness import (
     TaskResults,
@@ -32,6 +31,7 @@ from raydistill.stages.language.measuring import FOLDER, MeasuringJob, read_meas
 from raydistill.stages.language.prepare import texts_report
 from raydistill.stages.progress import Progress
 from raydistill.stages.repetitions import Repetition, repeat, repeated, repeated_parts, repetitions
+from raydistill.stages.report_files import commit_report, standing_report
 from raydistill.stages.scoring import score
 from raydistill.stages.student import train_student
 from raydistill.stages.teachers import made_here, teacher_source
@@ -52,7 +52,7 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     plan = _plan(config, run, data, student, control)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")
-        return json.loads(run.store.read("report/report.json"))
+        return standing_report(run)
     sources = {"teacher": teacher_source(config, run), "student": made_here("student", run)}
     sources |= {"control": made_here("control", run)} if config.evaluate.control else {}
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
@@ -77,7 +77,7 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
         report["seeds"] = over_seeds(
             [_training(sums, config.train.seed), *(_training(sums, one.seed, one) for one in repetitions(config))]
         )
-    commit_report(run, plan, report)
+    commit_report(run, plan.fingerprint, report)
     return report
 
 
@@ -185,6 +185,8 @@ def _report(
         **comparison,
         "agreement": models["student"]["agreement"],
         "cache": {name: cache.facts[name] for name in ("codec", "promise", "positions", "bytes_per_position")},
+        "base_models": base_models(config),
+        "hub_datasets": hub_datasets(config),
         "teacher_forwards_per_row": forwards_per_row(data, cache),
         "measured": {
             "latency_requests": config.evaluate.latency_requests,
