@@ -143,7 +143,7 @@ def test_folds_of_other_rows_are_refused(place):
     shard = read_shard(store, data.files[0])
     moved = type(shard)(shard.name, shard.row_ids_N + 1, shard.texts, shard.labels_N)
     with pytest.raises(UserError, match=r"teacher/folds/train-00000.parquet: holds other rows than its data shard"):
-        FoldRows(store.root, 0, inside=True).open().chosen(moved)
+        FoldRows(store.root, 0, inside=True).open().chosen(moved.name, moved.row_ids_N)
 
 
 def test_folds_that_are_not_there_name_their_stage(tmp_path: Path):

@@ -51,10 +51,11 @@ DEFAULTS: dict[tuple[str, ...], Any] = {
     ("teacher", "fine_tune", "metric"): "nll",
     ("train", "metric"): "nll",
     ("train", "loss", "temperature"): 1.0,
+    ("tune", "metric"): "nll",
     ("export", "rows"): 256,
     ("export", "min_agreement"): 0.95,
 }
-OPTIONAL = ("fine_tune", "export")  # sections that are absent unless they are given
+OPTIONAL = ("fine_tune", "tune", "export")  # sections that are absent unless they are given
 # Settings that are about rows with labels, or that are not built for language models, by their section.
 OTHERS: dict[str, tuple[str, ...]] = {
     "data": ("label", "label_separator", "keep_unlabelled", "augment"),
@@ -135,12 +136,12 @@ def check_language(config: Any) -> None:
     """Raises ValueError for a setting that task: causal_lm does not know, or that does not fit it."""
     if name := _first_set(config, OTHERS):
         raise ValueError(f"{name} is not known with task: causal_lm; remove it")
-    if config.tune is not None:
-        raise ValueError("tune is not known with task: causal_lm; remove it")
     _check_formats(config, LANGUAGE_FORMATS)
     metrics = {"train.metric": config.train.metric}
     if config.teacher.fine_tune is not None:
         metrics["teacher.fine_tune.metric"] = config.teacher.fine_tune.metric
+    if config.tune is not None:
+        metrics["tune.metric"] = config.tune.metric
     for number, stage in enumerate(config.train.stages or ()):
         place = f"train.stages[{number}]"
         metrics[f"{place}.metric"] = stage.metric or config.train.metric

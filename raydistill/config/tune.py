@@ -142,7 +142,9 @@ class Tune(Section):
         default="asha", description="which trials go on: asynchronous halving, above the median, the best few, all"
     )
     metric: RungMetric = Field(default="accuracy", description="of validation; ranks trials and chooses the winner")
-    data_fraction: float = Field(default=0.2, gt=0, le=1, description="share of train's rows, even in every label")
+    data_fraction: float = Field(
+        default=0.2, gt=0, le=1, description="share of train's rows, even in every label; causal_lm: of its documents"
+    )
     grace_epochs: int = Field(default=1, ge=1, description="epochs before the first decision")
     reduction_factor: int = Field(default=4, ge=2, le=1000, description="asha: one in so many goes on at each rung")
     keep: int = Field(default=3, ge=1, description="screen: how many trials go on after grace_epochs")

@@ -16,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydistill.data.shards import DataShard
 from raydistill.errors import UserError
 from raydistill.record.commit import Entry, Manifest, commit_shard, open_verified, read_manifest
 from raydistill.record.store import Store, naming, open_store
@@ -99,12 +98,12 @@ class OpenFolds:
         counts = self.manifest.facts["rows"][file]
         return counts[self.rows.fold] if self.rows.inside else sum(counts) - counts[self.rows.fold]
 
-    def chosen(self, shard: DataShard) -> npt.NDArray[np.bool_]:
+    def chosen(self, file: str, row_ids_N: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which rows of a data shard are chosen. Raises UserError when the folds are of other rows."""
-        entry = next(entry for entry in self.manifest.files if entry.file == shard.name)
+        entry = next(entry for entry in self.manifest.files if entry.file == file)
         with open_verified(self.store, self.rows.folder, entry) as source:
             table = pq.ParquetFile(source).read(use_threads=False)
-        if not np.array_equal(table.column("row_id").to_numpy(), shard.row_ids_N):
+        if not np.array_equal(table.column("row_id").to_numpy(), row_ids_N):
             where = self.store.where(f"{self.rows.folder}/{entry.file}")
             raise UserError(f"{where}: holds other rows than its data shard. Use --redo {self.rows.stage}")
         return (table.column("fold").to_numpy() == self.rows.fold) == self.rows.inside

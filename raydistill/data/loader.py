@@ -108,7 +108,7 @@ class Split:
             logits = self._join(
                 rows.row_ids_N, read_logits(self._cache_store, self._cache_folder, entry, self._cache), entry
             )
-        whole, chosen_N = rows, self._chosen.chosen(rows) if self._chosen else None
+        whole, chosen_N = rows, self._chosen.chosen(rows.name, rows.row_ids_N) if self._chosen else None
         if chosen_N is not None:
             rows, logits = rows.where(chosen_N), None if logits is None else logits[chosen_N]
         excluded = None

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from raydistill.cache.next_tokens import NextTokenCache, NextTokenShard
+from raydistill.data.folds import FoldRows
 from raydistill.data.held_shards import HeldShards
 from raydistill.data.loader import pair_entries
 from raydistill.data.packing import dealt, pack_inputs, packed
@@ -45,10 +46,11 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class _Held:
-    """A shard as training needs it."""
+    """A shard as training needs it: rows_R are those that are chosen, by their places in it."""
 
     tokens: TokenShard
     teacher: NextTokenShard | None
+    rows_R: Int64
 
     @property
     def nbytes(self) -> int:
@@ -56,21 +58,32 @@ class _Held:
 
 
 class TokenSplit:
-    """One split of a language model's data with its share of the teacher's cache."""
+    """One split of a language model's data, or chosen rows of it, with its share of the teacher's cache."""
 
-    def __init__(self, store: Store, splits: tuple[str, ...], data: Manifest, cache: NextTokenCache | None) -> None:
+    def __init__(
+        self, store: Store, splits: tuple[str, ...], data: Manifest, cache: NextTokenCache | None,
+        rows: FoldRows | None = None,
+    ) -> None:  # fmt: skip
         self._store, self._cache = store, cache
+        self._chosen = None if rows is None else rows.open()
         self.entries = data.shards(*splits)
         self._kept = pair_entries(self.entries, cache.manifest.shards(*splits)) if cache else None
         self._lengths: list[Int64] = []
         self._learnt: list[Int64] = []
         for entry in self.entries:  # of a shard that is not needed yet, these alone are kept
             shard = read_token_shard(store, entry)
-            self._lengths.append(shard.lengths_R)
-            self._learnt.append(shard.learnt_R)
+            chosen_R = self._rows(shard)
+            self._lengths.append(shard.lengths_R[chosen_R])
+            self._learnt.append(shard.learnt_R[chosen_R])
         self.rows = int(sum(part.sum() for part in self._learnt))  # of what a loss is a mean: positions
         self.tokens = int(sum(part.sum() for part in self._lengths))
         self._held = HeldShards(self._load)
+
+    def _rows(self, shard: TokenShard) -> Int64:
+        """The rows of a shard that are chosen, by their places in it."""
+        if self._chosen is None:
+            return np.arange(len(shard))
+        return np.flatnonzero(self._chosen.chosen(shard.name, shard.row_ids_R))
 
     @property
     def has_teacher(self) -> bool:
@@ -84,16 +97,18 @@ class TokenSplit:
     def _load(self, number: int) -> _Held:
         tokens = read_token_shard(self._store, self.entries[number])
         if self._cache is None or self._kept is None:
-            return _Held(tokens, None)
+            return _Held(tokens, None, self._rows(tokens))
         entry = self._kept[number]
-        return _Held(tokens, self._cache.shard(entry, row_ids_R=tokens.row_ids_R, positions_R=tokens.learnt_R))
+        teacher = self._cache.shard(entry, row_ids_R=tokens.row_ids_R, positions_R=tokens.learnt_R)
+        return _Held(tokens, teacher, self._rows(tokens))
 
     def batch(self, places: Int64, *, counts: bool = True) -> TokenBatch:
         """The batch of these (shard, row) pairs; without `counts` none of their positions is learnt from."""
         shards = {int(number): self._held[int(number)] for number in np.unique(places[:, 0])}
-        rows = [shards[shard].tokens.row(row) for shard, row in places.tolist()]
+        found = [(shards[shard].tokens, int(shards[shard].rows_R[row])) for shard, row in places.tolist()]
+        rows = [tokens.row(row) for tokens, row in found]
         inputs, starts = pack_inputs(rows, packed([len(row) for row in rows]))
-        positions = [shards[shard].tokens.positions(row) for shard, row in places.tolist()]
+        positions = [tokens.positions(row) for tokens, row in found]
         if not counts:
             positions, places = [np.empty(0, np.int64)] * len(rows), places[:0]
         labels = [row[at + 1] for row, at in zip(rows, positions, strict=True)]
@@ -115,7 +130,7 @@ class TokenSplit:
         for number, held in shards.items():
             mine = np.flatnonzero(places[:, 0] == number)
             assert held.teacher is not None
-            parts.append(held.teacher.targets(places[mine, 1]))
+            parts.append(held.teacher.targets(held.rows_R[places[mine, 1]]))
             order[mine] = np.arange(done, done + len(mine))
             done += len(mine)
         counts = np.concatenate([self._learnt[n][places[places[:, 0] == n, 1]] for n in shards])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from raydistill.config.points import corners, with_point
 from raydistill.config.run import Config
@@ -17,15 +18,23 @@ from raydistill.record.run import Run
 from raydistill.stages.cluster import Resources, share_for_trials
 from raydistill.stages.feature_cache import needed_features
 from raydistill.stages.fusable import why_not_fused, why_not_together
-from raydistill.stages.preflight import check_features, check_models, skeleton_maker
 from raydistill.stages.search_cost import count_groups
 from raydistill.stages.trial import trial_config
 from raydistill.stages.tune import check_count, tune_plan
-from raydistill.stages.unfreezing import check_unfreezing
 from raydistill.students.build import student_shape
 
 
-def check_search(config: Config, run: Run, labels: list[str]) -> None:
+class Checks(Protocol):
+    """What a task checks of a run's models, and of what its student is trained with."""
+
+    @property
+    def check_models(self) -> Callable[[Config, Run, list[str]], None]: ...
+
+    @property
+    def check_training(self) -> Callable[[Config, Path, list[str]], None]: ...
+
+
+def check_search(config: Config, run: Run, labels: list[str], checks: Checks) -> None:
     """Every corner of the space against data, cache and models, as a training of its own would be checked.
 
     Raises UserError, naming the values, for the first that does not fit.
@@ -39,9 +48,8 @@ def check_search(config: Config, run: Run, labels: list[str]) -> None:
         try:
             if (student := digest(identity(made.student))) not in students:
                 students.add(student)
-                check_models(made, run, labels)
-            check_features(made, teacher)
-            check_unfreezing(made, skeleton_maker(made, teacher, labels))
+                checks.check_models(made, run, labels)
+            checks.check_training(made, teacher, labels)
             _check_trial(made, kept, teacher)
             if config.tune.fused is True:
                 _check_fused(trial_config(config, point, fused=True), teacher)

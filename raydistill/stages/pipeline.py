@@ -90,7 +90,7 @@ def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress)
     if stages != ("prepare",) or config.data.synthesis is not None:  # what the teacher writes is dear
         task.check_models(config, run, labels)
         if config.tune is not None:
-            check_search(config, run, labels)
+            check_search(config, run, labels, task)
             if "tune" in stages:
                 check_trackers(config, run)
     if "evaluate" in stages:
@@ -129,7 +129,7 @@ def plan(config: Config, progress: Progress) -> Cost:
     labels = surveyed.labels if surveyed else run.require("data").facts["labels"]
     task.check_models(config, run, labels)
     if config.tune is not None:
-        check_search(config, run, labels)
+        check_search(config, run, labels, task)
         check_trackers(config, run)
     check_export(config)
     check_compared(config, labels)

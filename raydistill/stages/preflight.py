@@ -75,18 +75,23 @@ def check_models(config: Config, run: Run, labels: list[str]) -> None:
         check_architecture(config.student.model_type, config.student.embedding_size)
     if config.student.trim_vocabulary:
         check_trimmable(tokenizer)
-    skeleton = skeleton_maker(config, folder, labels)
+    skeleton = _skeleton_maker(config, folder, labels)
     if config.student.init != "config":
         skeleton()
-    check_features(config, folder)
+    check_training(config, folder, labels)
     if config.student.lora:
         check_adapters(config.student.lora, skeleton)
-    check_unfreezing(config, skeleton)
     check_lent_features(config, run, folder)
     check_exclusion(config, run, labels)
 
 
-def skeleton_maker(config: Config, teacher_folder: Path, labels: list[str]) -> Callable[[], Any]:
+def check_training(config: Config, teacher_folder: Path, labels: list[str]) -> None:
+    """What the student is trained with, against cache and models. Raises UserError."""
+    check_features(config, teacher_folder)
+    check_unfreezing(config, _skeleton_maker(config, teacher_folder, labels))
+
+
+def _skeleton_maker(config: Config, teacher_folder: Path, labels: list[str]) -> Callable[[], Any]:
     """What makes the student without weights, where it is needed."""
     length = config.data.max_length
     return partial(student_skeleton, config.student, teacher_folder=teacher_folder, labels=labels, max_length=length)

@@ -100,7 +100,7 @@ class Scorer:
             return standing, {"seconds": 0.0, "tokens": 0.0, "at_max_length": 0, **_of_features(kept)}
         rows = read_shard(self._data, entry)
         if self._rows:
-            rows = rows.where(self._rows.chosen(rows))
+            rows = rows.where(self._rows.chosen(rows.name, rows.row_ids_N))
         tokens = self.forward.tokens(rows.texts)
         with features.writing(rows, tokens) if features and not kept else contextlib.nullcontext() as writer:
             with self._one_at_a_time:

@@ -10,6 +10,7 @@ from pathlib import Path
 from raydistill.config.points import corners, with_point
 from raydistill.config.run import Config
 from raydistill.data.order import steps_per_epoch
+from raydistill.data.token_order import token_steps
 from raydistill.search.space import grid
 from raydistill.stages.fusable import why_not_together, why_separate
 from raydistill.stages.search_groups import grouped
@@ -37,13 +38,16 @@ class SearchCost:
         return f"search: {self.trials:,} trials ({together}), {self.steps:,} steps at most; no teacher forward"
 
 
-def search_cost(config: Config, rows: int, teacher_folder: Path) -> SearchCost:
-    """The cost of the search over so many rows of train."""
+def search_cost(config: Config, amount: int, teacher_folder: Path) -> SearchCost:
+    """The cost of the search over so many rows of train; of a language model's over so many tokens."""
     tune = config.tune
     assert tune is not None
     trials = [with_point(config, point).train for point in corners(tune.space)]
-    share = math.ceil(rows * tune.data_fraction)
-    most = max(train.epochs * steps_per_epoch(share, train.batch_size) for train in trials)
+    share, length = math.ceil(amount * tune.data_fraction), config.data.max_length
+    if config.task == "causal_lm":
+        most = max(train.epochs * token_steps(share, train.batch_size * length) for train in trials)
+    else:
+        most = max(train.epochs * steps_per_epoch(share, train.batch_size) for train in trials)
     groups = count_groups(config, teacher_folder)
     why = "" if groups != 0 else _why_alone(config, teacher_folder)
     members = min(tune.fused_members, tune.generation)

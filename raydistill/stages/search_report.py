@@ -8,14 +8,11 @@ from typing import Any
 
 from raydistill.config.run import Config
 from raydistill.config.tune import Dimension
-from raydistill.data.order import steps_per_epoch
-from raydistill.data.shards import STUDENT_SPLITS
-from raydistill.record.commit import read_manifest
 from raydistill.record.run import Run
 from raydistill.search.importance import importance
 from raydistill.search.trials import LOWER_IS_BETTER, Trial
 from raydistill.stages.environment import environment
-from raydistill.stages.search_rows import CHOSEN, FOLDER
+from raydistill.stages.search_rows import epoch_steps, num_rows
 
 
 def search_facts(config: Config, run: Run, trials: Sequence[Trial], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,7 +33,7 @@ def search_facts(config: Config, run: Run, trials: Sequence[Trial], found: Mappi
         "validation_rows": sum(entry.rows for entry in data.shards("validation")),
         "teacher_forwards_per_row": found["teacher_forwards_per_row"],
         "steps": found["steps"],
-        "full_steps": sum(_full_steps(config, trial, rows) for trial in trials),
+        "full_steps": sum(_full_steps(config, run, trial) for trial in trials),
         "seconds": found["seconds"],
         "space": {name: in_words(dimension) for name, dimension in sorted(tune.space.items())},
         "importance": importance(tune, trials, config.train.choose),
@@ -47,17 +44,9 @@ def search_facts(config: Config, run: Run, trials: Sequence[Trial], found: Mappi
     }
 
 
-def num_rows(config: Config, run: Run) -> int:
-    """The rows that a trial learns from in an epoch."""
-    manifest = read_manifest(run.store, FOLDER)
-    if config.tune is not None and config.tune.data_fraction < 1 and manifest is not None:
-        return sum(counts[CHOSEN] for counts in manifest.facts["rows"].values())
-    return sum(entry.rows for entry in run.require("data").shards(*STUDENT_SPLITS))
-
-
-def _full_steps(config: Config, trial: Trial, rows: int) -> int:
+def _full_steps(config: Config, run: Run, trial: Trial) -> int:
     """The steps of a trial that is not stopped."""
-    return trial.epochs * steps_per_epoch(rows, trial.point.get("train.batch_size", config.train.batch_size))
+    return trial.epochs * epoch_steps(config, run, trial.point.get("train.batch_size", config.train.batch_size))
 
 
 def _shown(trial: Trial, metric: str, choose: str) -> dict[str, Any]:

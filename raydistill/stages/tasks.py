@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from raydistill.config.run import Config
@@ -39,7 +40,8 @@ class Cost(Protocol):
 class Task:
     """survey reads the sources once and finds what is wrong in them; standing_data is what it would find the same.
 
-    check_models is everything about models and losses that can be checked without a worker; cache_plan what determines
+    check_models is everything about models and losses that can be checked without a worker, check_training what of it a
+    search may change with every trial, given the teacher's folder and the labels; cache_plan what determines
     the bytes of the teacher's cache.
     """
 
@@ -48,6 +50,7 @@ class Task:
     data_plan: Callable[[Config, Any], Plan]
     prepare: Callable[[Config, Run, Any, Progress], Manifest]
     check_models: Callable[[Config, Run, list[str]], None]
+    check_training: Callable[[Config, Path, list[str]], None]
     cost: Callable[[Config, Run, Any], Cost]
     cache_plan: Callable[[Config, Run, Manifest, Resources], Plan]
     teach: Callable[[Config, Run, Resources, Progress], Manifest]
@@ -61,6 +64,7 @@ CLASSES = Task(
     data_plan=prepare.data_plan,
     prepare=prepare.prepare,
     check_models=preflight.check_models,
+    check_training=preflight.check_training,
     cost=preflight.run_cost,
     cache_plan=teach.cache_plan,
     teach=teach.teach,
@@ -73,6 +77,7 @@ LANGUAGE = Task(
     data_plan=language_text_plan.texts_plan,
     prepare=language_prepare.prepare_texts,
     check_models=language_checks.check_language_models,
+    check_training=language_checks.check_language_training,
     cost=language_checks.language_cost,
     cache_plan=language_teach.next_tokens_plan,
     teach=language_teach.teach_next_tokens,

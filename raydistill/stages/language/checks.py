@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raydistill.cache.language_codecs import check_temperatures
 from raydistill.config.language import NextTokens
@@ -28,6 +29,7 @@ from raydistill.stages.language.teach import SPLITS, next_tokens
 from raydistill.stages.language.vllm_engine import check_vllm
 from raydistill.stages.preflight import check_lender
 from raydistill.stages.progress import size
+from raydistill.stages.search_cost import SearchCost, search_cost
 from raydistill.stages.training_job import student_splits
 from raydistill.stages.training_stages import training_stages
 from raydistill.stages.unfreezing import check_unfreezing
@@ -50,12 +52,22 @@ def check_language_models(config: Config, run: Run, labels: list[str]) -> None:
         check_harness(config.evaluate.harness)
     if config.student.init == "pretrained":
         _check_pretrained(config, folder)
-    student = language_skeleton(config.student, teacher_folder=folder, max_length=config.data.max_length)
+    student = _skeleton(config, folder)
     if config.student.lora:
         check_adapters(config.student.lora, lambda: student)
-    check_unfreezing(config, lambda: student)
     check_language_export(config, student, folder)
+    check_language_training(config, folder, labels)
+
+
+def check_language_training(config: Config, teacher_folder: Path, _labels: list[str]) -> None:
+    """What the student is trained with, against cache and models. Raises UserError."""
     check_losses(config)
+    check_unfreezing(config, lambda: _skeleton(config, teacher_folder))
+
+
+def _skeleton(config: Config, teacher_folder: Path) -> Any:
+    """The student without weights."""
+    return language_skeleton(config.student, teacher_folder=teacher_folder, max_length=config.data.max_length)
 
 
 def empty_language_model_on_meta(setting: str, folder: Path):
@@ -128,6 +140,7 @@ class LanguageCost:
     answers: int  # to each of them
     answer_tokens: int  # of an answer at most
     own_teachers: int = 0  # stages whose teacher is the student as the one before left it
+    search: SearchCost | None = None
     exports: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
@@ -147,6 +160,7 @@ class LanguageCost:
                 ]
             ),
             f"optimiser steps at most: {steps}",
+            *([self.search.line()] if self.search else []),
             *self._student_lines(scored),
             *([f"export: {', '.join(self.exports)}, each compared with the student"] if self.exports else []),
         ]
@@ -186,8 +200,12 @@ def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> L
     learnt = student_splits(config)
     tokens = sum(counts[split]["tokens"] for split in learnt if split in counts)
     tokens += answers * config.data.max_length * sum(asked.get(split, 0) for split in learnt)
+    search = None
+    if config.tune is not None:
+        folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
+        search = search_cost(config, tokens, folder)
     steps = _steps(config, of_teacher=counts["train"]["tokens"], of_student=tokens)
-    return LanguageCost(counts, kept.codec, positions * each, steps, asked, answers, longest, own, exports)
+    return LanguageCost(counts, kept.codec, positions * each, steps, asked, answers, longest, own, search, exports)
 
 
 def _steps(config: Config, *, of_teacher: int, of_student: int) -> dict[str, int]:

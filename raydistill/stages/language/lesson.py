@@ -53,16 +53,15 @@ class LanguageLesson:
         self.depths: Mapping[str, int] = {MODEL_PREFIX + name: depth for name, depth in depths.items()}
         cache = _open_cache(job, store, data) if job.uses_cache and not job.config.teacher.keeps_no_logits else None
         self._head = cache.head.to(device) if cache is not None and cache.head is not None else None
-        self._train, self._validation = (
-            TokenSplit(store, splits, data, cache) for splits in (job.splits, ("validation",))
-        )
+        self._train = TokenSplit(store, job.splits, data, cache, job.rows)
+        self._validation = TokenSplit(store, ("validation",), data, cache)
         self.rows = self._train.rows
         self._batch_tokens = job.settings.batch_size * job.config.data.max_length
         self.per_pass = self._train.steps(self._batch_tokens)
-        # A control, without what the teacher wrote, takes as many steps as its student.
+        # A control, without what the teacher wrote, takes as many steps as its student; a trial has none.
         counted = job.splits if job.role == "teacher" else student_splits(job.config)
         tokens = sum(found["tokens"] for split, found in data.facts["counts"].items() if split in counted)
-        self.per_epoch = token_steps(tokens, self._batch_tokens)
+        self.per_epoch = token_steps(tokens, self._batch_tokens) if job.rows is None else self.per_pass
 
     def _built(self, data: Manifest) -> tuple[Any, Any]:
         """The model that is trained, with its adapters, and its tokenizer, checked against the data."""
