@@ -304,7 +304,27 @@ def test_the_groups_that_plan_announces(tune: dict[str, Any], expected: int | No
 def test_the_line_of_plan_says_how_trials_are_trained(tune: dict[str, Any], changes: dict[str, Any], part: str):
     # A fifth of 320 rows in batches of 32, 10 epochs.
     found = validate({**BASE, "student": {**BASE["student"], **changes}, "tune": tune}, {}, "test")
-    assert part in search_cost(found, 320, Path("unused")).line()
+    assert part in search_cost(found, 320, Path("unused")).lines()[0]
+
+
+@pytest.mark.parametrize(
+    ("tune", "train", "said"),
+    [
+        # 64 rows of 320 in batches of 32: 2 steps an epoch, 20 in all, and a tenth of them is warm-up.
+        ({}, {}, "asha first decides after 2 steps of a trial, 2 of them warm-up, when"),
+        ({"grace_epochs": 2}, {}, ""),
+        ({}, {"warmup": 0.05}, ""),
+        ({"scheduler": "screen"}, {}, "screen first decides after 2 steps"),
+        ({"scheduler": "none"}, {}, ""),
+        ({"space": {"train.warmup": {"uniform": [0.0, 0.3]}}}, {}, "after 2 steps of a trial, 6 of them warm-up"),
+    ],
+)
+def test_a_search_that_decides_within_the_warm_up_says_so(tune: dict[str, Any], train: dict[str, Any], said: str):
+    asked = {"space": TEMPERATURE, "trials": 24, **tune}
+    found = validate({**BASE, "train": {**BASE.get("train", {}), **train}, "tune": asked}, {}, "test")
+    lines = search_cost(found, 320, Path("unused")).lines()
+    assert len(lines) == (2 if said else 1)
+    assert said in lines[-1]
 
 
 def test_what_a_terminal_shows_of_a_search():

@@ -236,7 +236,7 @@ class Cost:
             f"cache: {size(self.cache_bytes)}"
             + (f", and {size(self.pass_bytes)} that it is made of" if self.pass_bytes else ""),
             f"optimiser steps at most: {steps}",
-            *([self.search.line()] if self.search else []),
+            *(self.search.lines() if self.search else []),
             *([self.exclusion] if self.exclusion else []),
             *(self.features.lines() if self.features else []),
             *([f"export: {', '.join(self.exports)}, each compared with the student"] if self.exports else []),

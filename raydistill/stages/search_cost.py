@@ -28,14 +28,16 @@ class SearchCost:
     members: int  # of a group, at most
     why_alone: str = ""  # where there are no groups
     may_share: bool = False  # whether a group may be cut up for processes that are not known yet
+    warning: str = ""
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         together = f"fused in groups of up to {self.members} that differ in nothing else, as their points are drawn"
         if self.groups is not None:
             fused = f"{self.groups:,} fused group{'s' if self.groups > 1 else ''} of up to {self.members}"
             fused += ", or smaller ones where processes would wait" if self.may_share else ""
             together = fused if self.groups else f"each alone: {self.why_alone}"
-        return f"search: {self.trials:,} trials ({together}), {self.steps:,} steps at most; no teacher forward"
+        line = f"search: {self.trials:,} trials ({together}), {self.steps:,} steps at most; no teacher forward"
+        return [line, *([f"search: {self.warning}"] if self.warning else [])]
 
 
 def search_cost(config: Config, amount: int, teacher_folder: Path) -> SearchCost:
@@ -52,7 +54,30 @@ def search_cost(config: Config, amount: int, teacher_folder: Path) -> SearchCost
     why = "" if groups != 0 else _why_alone(config, teacher_folder)
     members = min(tune.fused_members, tune.generation)
     may_share = tune.max_concurrent is None and (tune.search == "tpe" or tune.num_trials <= tune.generation)
-    return SearchCost(tune.num_trials, tune.num_trials * most, groups, members, why, may_share)
+    return SearchCost(
+        tune.num_trials, tune.num_trials * most, groups, members, why, may_share, early_rung(config, rows)
+    )
+
+
+def early_rung(config: Config, rows: int) -> str:
+    """A line that warns of decisions at which trials hardly differ yet; empty where most of their steps are no warm-up.
+
+    Of 64 points whose first rung came after 17 steps, 13 of them warm-up, halving found the best in two of five seeds
+    (docs/log.md).
+    """
+    tune = config.tune
+    assert tune is not None
+    if tune.scheduler == "none":
+        return ""
+    for train in (with_point(config, point).train for point in corners(tune.space)):
+        each = steps_per_epoch(math.ceil(rows * tune.data_fraction), train.batch_size)
+        taken, warm = tune.grace_epochs * each, int(train.epochs * each * train.warmup)
+        if taken < 2 * warm:
+            return (
+                f"{tune.scheduler} first decides after {taken:,} steps of a trial, {warm:,} of them warm-up, when"
+                " trials hardly differ. Raise tune.grace_epochs or lower train.warmup"
+            )
+    return ""
 
 
 def count_groups(config: Config, teacher_folder: Path) -> int | None:

@@ -11,6 +11,7 @@ from raydistill.config.file import to_yaml
 from raydistill.config.points import with_point
 from raydistill.config.run import Config
 from raydistill.config.section import identity
+from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
 from raydistill.record.commit import MANIFEST, Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
@@ -21,6 +22,7 @@ from raydistill.stages.cluster import Resources
 from raydistill.stages.evaluate import forwards_per_row
 from raydistill.stages.progress import Progress
 from raydistill.stages.search import Search
+from raydistill.stages.search_cost import early_rung
 from raydistill.stages.search_overview import overview
 from raydistill.stages.search_report import search_facts
 from raydistill.stages.search_rows import draw_rows
@@ -67,12 +69,19 @@ def _searched(config: Config, run: Run, resources: Resources, progress: Progress
     search = Search(trials, told, lambda line: progress.say(f"tune: {line}"))
     try:
         if search.next() is not None:  # else all that is missing is the summary
+            _warn(config, run, progress)
             with progress.showing(lambda: overview(search, config.train.choose)):
                 run_trials(search, trials, resources, progress)
     finally:
         logs.close()
     assert search.is_over or search.has_run_out_of_time
     return search
+
+
+def _warn(config: Config, run: Run, progress: Progress) -> None:
+    rows = run.require("data").facts["rows"]
+    if warning := early_rung(config, sum(rows.get(split, 0) for split in STUDENT_SPLITS)):
+        progress.say(f"tune: {warning}")
 
 
 def tune_plan(config: Config, run: Run, resources: Resources) -> Plan:
