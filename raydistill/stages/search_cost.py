@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from raydistill.config.points import corners, with_point
 from raydistill.config.run import Config
+from raydistill.config.train import Train
 from raydistill.data.order import steps_per_epoch
+from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.data.token_order import token_steps
 from raydistill.search.space import grid
 from raydistill.stages.fusable import why_not_together, why_separate
@@ -45,21 +49,33 @@ def search_cost(config: Config, amount: int, teacher_folder: Path) -> SearchCost
     tune = config.tune
     assert tune is not None
     trials = [with_point(config, point).train for point in corners(tune.space)]
-    share, length = math.ceil(amount * tune.data_fraction), config.data.max_length
-    if config.task == "causal_lm":
-        most = max(train.epochs * token_steps(share, train.batch_size * length) for train in trials)
-    else:
-        most = max(train.epochs * steps_per_epoch(share, train.batch_size) for train in trials)
+    most = max(train.epochs * _epoch_steps(config, train, amount) for train in trials)
     groups = count_groups(config, teacher_folder)
     why = "" if groups != 0 else _why_alone(config, teacher_folder)
     members = min(tune.fused_members, tune.generation)
     may_share = tune.max_concurrent is None and (tune.search == "tpe" or tune.num_trials <= tune.generation)
     return SearchCost(
-        tune.num_trials, tune.num_trials * most, groups, members, why, may_share, early_rung(config, rows)
+        tune.num_trials, tune.num_trials * most, groups, members, why, may_share, early_rung(config, amount)
     )
 
 
-def early_rung(config: Config, rows: int) -> str:
+def _epoch_steps(config: Config, train: Train, amount: int) -> int:
+    """Optimiser steps of an epoch of a trial, over its share of so many rows or tokens."""
+    assert config.tune is not None
+    share = math.ceil(amount * config.tune.data_fraction)
+    if config.task == "causal_lm":
+        return token_steps(share, train.batch_size * config.data.max_length)
+    return steps_per_epoch(share, train.batch_size)
+
+
+def learnt_amount(config: Config, facts: Mapping[str, Any]) -> int:
+    """The rows that students learn from, by the data's facts; of language models the tokens."""
+    if config.task == "causal_lm":
+        return sum(facts["counts"][split]["tokens"] for split in STUDENT_SPLITS if split in facts["counts"])
+    return sum(facts["rows"].get(split, 0) for split in STUDENT_SPLITS)
+
+
+def early_rung(config: Config, amount: int) -> str:
     """A line that warns of decisions at which trials hardly differ yet; empty where most of their steps are no warm-up.
 
     Of 64 points whose first rung came after 17 steps, 13 of them warm-up, halving found the best in two of five seeds
@@ -70,7 +86,7 @@ def early_rung(config: Config, rows: int) -> str:
     if tune.scheduler == "none":
         return ""
     for train in (with_point(config, point).train for point in corners(tune.space)):
-        each = steps_per_epoch(math.ceil(rows * tune.data_fraction), train.batch_size)
+        each = _epoch_steps(config, train, amount)
         taken, warm = tune.grace_epochs * each, int(train.epochs * each * train.warmup)
         if taken < 2 * warm:
             return (

@@ -11,7 +11,6 @@ from raydistill.config.file import to_yaml
 from raydistill.config.points import with_point
 from raydistill.config.run import Config
 from raydistill.config.section import identity
-from raydistill.data.shards import STUDENT_SPLITS
 from raydistill.errors import UserError
 from raydistill.record.commit import MANIFEST, Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
@@ -22,7 +21,7 @@ from raydistill.stages.cluster import Resources
 from raydistill.stages.evaluate import forwards_per_row
 from raydistill.stages.progress import Progress
 from raydistill.stages.search import Search
-from raydistill.stages.search_cost import early_rung
+from raydistill.stages.search_cost import early_rung, learnt_amount
 from raydistill.stages.search_overview import overview
 from raydistill.stages.search_report import search_facts
 from raydistill.stages.search_rows import draw_rows
@@ -79,8 +78,7 @@ def _searched(config: Config, run: Run, resources: Resources, progress: Progress
 
 
 def _warn(config: Config, run: Run, progress: Progress) -> None:
-    rows = run.require("data").facts["rows"]
-    if warning := early_rung(config, sum(rows.get(split, 0) for split in STUDENT_SPLITS)):
+    if warning := early_rung(config, learnt_amount(config, run.require("data").facts)):
         progress.say(f"tune: {warning}")
 
 

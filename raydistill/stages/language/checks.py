@@ -160,7 +160,7 @@ class LanguageCost:
                 ]
             ),
             f"optimiser steps at most: {steps}",
-            *([self.search.line()] if self.search else []),
+            *(self.search.lines() if self.search else []),
             *self._student_lines(scored),
             *([f"export: {', '.join(self.exports)}, each compared with the student"] if self.exports else []),
         ]
