@@ -311,14 +311,19 @@ def test_the_line_of_plan_says_how_trials_are_trained(tune: dict[str, Any], chan
     ("tune", "train", "said"),
     [
         # 64 rows of 320 in batches of 32: 2 steps an epoch, 20 in all, and a tenth of them is warm-up.
-        ({}, {}, "asha first decides after 2 steps of a trial, 2 of them warm-up, when"),
+        ({"grace_epochs": 1}, {}, "asha first decides after 2 steps of a trial, 2 of them warm-up, when"),
         ({"grace_epochs": 2}, {}, ""),
-        ({}, {"warmup": 0.05}, ""),
-        ({"scheduler": "screen"}, {}, "screen first decides after 2 steps"),
+        ({}, {}, ""),
+        ({"grace_epochs": 1}, {"warmup": 0.05}, ""),
+        ({"scheduler": "screen", "grace_epochs": 1}, {}, "screen first decides after 2 steps"),
         ({"scheduler": "none"}, {}, ""),
-        ({"space": {"train.warmup": {"uniform": [0.0, 0.3]}}}, {}, "after 2 steps of a trial, 6 of them warm-up"),
+        (
+            {"space": {"train.warmup": {"uniform": [0.0, 0.3]}}, "grace_epochs": 1}, {},
+            "after 2 steps of a trial, 6 of them warm-up",
+        ),
+        ({}, {"epochs": 2, "warmup": 0.5}, "after 2 steps of a trial, 2 of them warm-up"),
     ],
-)
+)  # fmt: skip
 def test_a_search_that_decides_within_the_warm_up_says_so(tune: dict[str, Any], train: dict[str, Any], said: str):
     asked = {"space": TEMPERATURE, "trials": 24, **tune}
     found = validate({**BASE, "train": {**BASE.get("train", {}), **train}, "tune": asked}, {}, "test")

@@ -39,6 +39,28 @@ def test_a_space_is_read_and_written_back():
     assert again == found
 
 
+@pytest.mark.parametrize(
+    ("tune", "train", "epochs"),
+    [
+        ({}, {"epochs": 10, "warmup": 0.1}, 2),  # one epoch of warm-up
+        ({}, {"epochs": 11, "warmup": 0.1}, 3),
+        ({}, {"epochs": 8, "warmup": 0.0}, 1),
+        ({}, {"epochs": 2, "warmup": 0.9}, 1),  # the last epoch decides nothing
+        ({"space": SPACE | {"train.warmup": {"uniform": [0.0, 0.3]}}}, {"epochs": 10}, 6),
+        ({"space": SPACE | {"train.epochs": {"choice": [4, 20]}}}, {}, 3),
+        ({"grace_epochs": 1}, {"epochs": 10, "warmup": 0.1}, 1),
+        ({"scheduler": "none"}, {"epochs": 10, "warmup": 0.1}, None),
+    ],
+)
+def test_the_first_decision_comes_when_half_the_steps_were_no_warm_up(
+    tune: dict[str, Any], train: dict[str, Any], epochs: int | None
+):
+    found = config({"space": SPACE, "trials": 5, **tune}, train=train)
+    assert found.tune is not None
+    assert found.tune.grace_epochs == epochs
+    assert validate(parse_yaml(to_yaml(found), "again")[0], {}, "again") == found
+
+
 @pytest.mark.parametrize("asked", ["auto", True, False])
 def test_fused_is_auto_or_a_yes_or_a_no_and_changes_no_search_that_did_not_ask(asked: bool | str):
     found = config({"space": SPACE, "trials": 5, "fused": asked}).tune

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from raydistill.config.data import Augment
 from raydistill.config.evaluate import Evaluate
 from raydistill.config.messages import Path_, cut, describe, dotted, first_error, place_of
-from raydistill.config.points import check_space
+from raydistill.config.points import check_space, with_first_rung
 from raydistill.config.run import Config
 from raydistill.config.tune import Tune
 from raydistill.errors import UserError
@@ -160,7 +160,7 @@ def validate(tree: dict[str, Any], lines: dict[Path_, str], source: str) -> Conf
         raise UserError(first_error(error, lines, source)) from None
     if config.tune is not None:
         check_space(config, lines, source)
-    return _absolute(config)
+    return _absolute(with_first_rung(config))
 
 
 def _check_texts(value: Any, path: Path_, lines: dict[Path_, str], source: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -74,13 +75,28 @@ def check_space(config: Config, lines: dict[Path_, str], source: str) -> None:
         except ValueError as error:
             name, _, problem = str(error).partition(": ")
             raise _wrong(name, problem, lines, source) from None
-        epochs, grace = made.train.epochs, config.tune.grace_epochs
+        epochs, grace = made.train.epochs, config.tune.first_rung
         if grace >= epochs and config.tune.scheduler in ("asha", "screen"):
             where = place_of(("tune", "grace_epochs"), lines, source)
             raise UserError(
                 f"{where}: tune.grace_epochs: found {grace}, a trial has train.epochs {epochs}, so that none could be"
                 " stopped. Lower it, or set tune.scheduler=none"
             )
+
+
+def with_first_rung(config: Config) -> Config:
+    """The config with `tune.grace_epochs`, where it is absent: the first epoch by which half the steps were no warm-up.
+
+    Before that trials hardly differ, or those of a high learning rate lead that are last in the end. A shorter training
+    has its first rung before its last epoch.
+    """
+    tune = config.tune
+    if tune is None or tune.grace_epochs is not None or tune.scheduler == "none":
+        return config
+    trains = [with_point(config, point).train for point in corners(tune.space)]
+    wanted = max(math.ceil(round(2 * train.warmup * train.epochs, 9)) for train in trains)
+    grace = max(1, min(wanted, min(train.epochs for train in trains) - 1))
+    return config.model_copy(update={"tune": tune.model_copy(update={"grace_epochs": grace})})
 
 
 def corners(space: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:

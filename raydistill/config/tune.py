@@ -145,7 +145,11 @@ class Tune(Section):
     data_fraction: float = Field(
         default=0.2, gt=0, le=1, description="share of train's rows, even in every label; causal_lm: of its documents"
     )
-    grace_epochs: int = Field(default=1, ge=1, description="epochs before the first decision")
+    grace_epochs: int | None = Field(
+        default=None,
+        ge=1,
+        description="epochs before the first decision; absent: until at most half of a trial's steps were warm-up",
+    )
     reduction_factor: int = Field(default=4, ge=2, le=1000, description="asha: one in so many goes on at each rung")
     keep: int = Field(default=3, ge=1, description="screen: how many trials go on after grace_epochs")
     generation: int = Field(
@@ -169,6 +173,11 @@ class Tune(Section):
         (), description="where each trial is logged as a run of its own; keys and addresses come from the environment"
     )
     time_budget: float | None = Speed(None, gt=0, description="seconds after which a search ends with what it has")
+
+    @property
+    def first_rung(self) -> int:
+        """Epochs before the first decision: `grace_epochs`, which stands in every config that was read."""
+        return self.grace_epochs or 1
 
     @property
     def grid_size(self) -> int:

@@ -43,7 +43,7 @@ def _earlier(tune: Tune, trials: Sequence[Trial]) -> Sequence[Trial]:
 
 
 def _is_told(tune: Tune, trial: Trial) -> bool:
-    return trial.has_ended or (tune.scheduler == "screen" and len(trial.curve) >= tune.grace_epochs)
+    return trial.has_ended or (tune.scheduler == "screen" and len(trial.curve) >= tune.first_rung)
 
 
 def _propose(tune: Tune, trials: Sequence[Trial], mates: Sequence[Point], taken: set[str]) -> Point:
@@ -94,7 +94,7 @@ def _told(tune: Tune, trial: Trial, kinds: dict[str, Any]) -> Any:
     from optuna.trial import TrialState, create_trial
 
     # At the screen all count by what they reached there, whatever those that went on reached later.
-    values = trial.values(tune.metric)[: tune.grace_epochs if tune.scheduler == "screen" else None]
+    values = trial.values(tune.metric)[: tune.first_rung if tune.scheduler == "screen" else None]
     finite = {epoch: value for epoch, value in enumerate(values, 1) if np.isfinite(value)}
     state, outcome = TrialState.PRUNED, None
     if trial.status == "failed" or not finite:

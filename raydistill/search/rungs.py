@@ -41,9 +41,9 @@ def decide(tune: Tune, trials: Sequence[Trial], number: int) -> Decision:
         return Decision("stop", PATIENCE)
     if tune.scheduler == "asha" and epoch in rungs(tune, trial.epochs):
         return _halved(tune, trials, trial)
-    if tune.scheduler == "median" and epoch >= tune.grace_epochs:
+    if tune.scheduler == "median" and epoch >= tune.first_rung:
         return _above_the_median(tune, trials, trial)
-    if tune.scheduler == "screen" and epoch == tune.grace_epochs:
+    if tune.scheduler == "screen" and epoch == tune.first_rung:
         return _screened(tune, trials, trial)
     return GO
 
@@ -51,7 +51,7 @@ def decide(tune: Tune, trials: Sequence[Trial], number: int) -> Decision:
 def rungs(tune: Tune, epochs: int) -> list[int]:
     """The epochs at which halving decides about a training of so many."""
     found: list[int] = []
-    rung = tune.grace_epochs
+    rung = tune.first_rung
     while rung < epochs:
         found.append(rung)
         rung *= tune.reduction_factor
@@ -112,7 +112,7 @@ def _above_the_median(tune: Tune, trials: Sequence[Trial], trial: Trial) -> Deci
 
 def _screened(tune: Tune, trials: Sequence[Trial], trial: Trial) -> Decision:
     """Whether it is among the best few of all trials after the first epochs."""
-    epoch = tune.grace_epochs
+    epoch = tune.first_rung
     if len(trials) < tune.num_trials or any(not other.has_ended and len(other.curve) < epoch for other in trials):
         return WAIT
     reached = [other for other in trials if len(other.curve) >= epoch]

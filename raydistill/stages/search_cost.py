@@ -87,7 +87,7 @@ def early_rung(config: Config, amount: int) -> str:
         return ""
     for train in (with_point(config, point).train for point in corners(tune.space)):
         each = _epoch_steps(config, train, amount)
-        taken, warm = tune.grace_epochs * each, int(train.epochs * each * train.warmup)
+        taken, warm = tune.first_rung * each, int(train.epochs * each * train.warmup)
         if taken < 2 * warm:
             return (
                 f"{tune.scheduler} first decides after {taken:,} steps of a trial, {warm:,} of them warm-up, when"
