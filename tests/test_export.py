@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import SmallRuns
 
 from raydistill import cli
@@ -33,7 +34,7 @@ from raydistill.tickets import CATEGORIES
 
 pytestmark = pytest.mark.xdist_group("small_runs")
 onnxruntime = pytest.importorskip("onnxruntime")
-FORMATS = ("onnx", "onnx-int8", "onnx-int8-static", "safetensors-bf16")
+FORMATS = ("onnx", "onnx-int8", "onnx-int8-static", "onnx-int4", "safetensors-bf16")
 BOUNDS = {"min_agreement": 0.9, "max_accuracy_loss": 0.1}
 TEXTS = ["my card was charged twice", "where is my parcel?", "the app crashes on login"]
 
@@ -120,6 +121,9 @@ def test_the_onnx_file_computes_what_the_student_does(made: Config, tiny_classif
         found = file_logits(folder_of(made, name), texts)
         assert 1e-6 < np.abs(found - expected).max() < 0.2 * np.abs(expected).max()
         assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.9
+    # The float file with its weights rounded to 15 steps between the least and the greatest of each block.
+    found = file_logits(folder_of(made, "onnx-int4"), texts)
+    assert 1e-6 < np.abs(found - expected).max() < 0.5 * np.abs(expected).max()
 
 
 def test_eight_bits_take_a_quarter_of_the_bytes(made: Config):
@@ -132,6 +136,29 @@ def test_eight_bits_take_a_quarter_of_the_bytes(made: Config):
         assert not any(tensor.data_location for tensor in model.graph.initializer)  # all in the file itself
     assert sizes["onnx-int8"] < 0.45 * sizes["onnx"]
     assert sizes["onnx-int8-static"] < 0.45 * sizes["onnx"]
+
+
+def test_weights_of_products_take_four_bits_in_blocks(made: Config, tiny_classifier: Path):
+    import onnx
+
+    model = onnx.load(folder_of(made, "onnx-int4") / "model.onnx")
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    weights = [
+        w.numpy() for name, w in load_file(tiny_classifier / "model.safetensors").items()
+        if w.dim() == 2 and name.endswith("weight") and "embeddings" not in name
+    ]  # fmt: skip
+    assert len(products) == len(weights)
+    assert not any(node.op_type == "MatMul" and set(node.input) & set(held) for node in model.graph.node)
+    for node in products:
+        packed, scales, zeros = (held[name] for name in node.input[1:4])
+        rows, blocks = packed.shape[:2]
+        low_high = np.stack([packed & 15, packed >> 4], -1).reshape(rows, blocks, 32).astype(np.float32)
+        zero = np.stack([zeros & 15, zeros >> 4], -1).reshape(rows, -1)[:, :blocks, None].astype(np.float32)
+        whole = ((low_high - zero) * scales.reshape(rows, blocks, 1)).reshape(rows, -1)
+        step = scales.reshape(rows, blocks).max(1, keepdims=True)
+        near = [w for w in weights if w.shape[0] == rows and w.shape[1] <= whole.shape[1] < w.shape[1] + 32]
+        assert any((np.abs(whole[:, : w.shape[1]] - w) <= 0.51 * step + 1e-6).all() for w in near)
 
 
 def test_a_file_says_nothing_of_the_machine_that_made_it(made: Config):

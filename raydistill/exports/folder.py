@@ -103,7 +103,7 @@ def _write_onnx(
         if format_name == "onnx":
             shutil.copyfile(whole_file, path)
         else:
-            quantise_onnx(whole_file, path, rows=calibration)
+            quantise_onnx(whole_file, path, rows=calibration, bits=4 if format_name == "onnx-int4" else 8)
 
 
 def is_export(folder: Path) -> bool:

@@ -30,6 +30,7 @@ PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 INPUTS = ("input_ids", "attention_mask")
 # Products with a weight, and the tables of embeddings; what attention multiplies has no weight.
 QUANTISED = ["MatMul", "Gemm", "Gather"]
+BLOCK = 32  # weights of 4 bits that share a scale and a zero
 
 
 def check_onnx() -> None:
@@ -100,8 +101,12 @@ def _without_notes(model: Any) -> None:
         value.ClearField("metadata_props")
 
 
-def quantise_onnx(source: Path, path: Path, *, rows: list[dict[str, npt.NDArray[np.int64]]] | None = None) -> None:
+def quantise_onnx(
+    source: Path, path: Path, *, rows: list[dict[str, npt.NDArray[np.int64]]] | None = None, bits: int = 8
+) -> None:
     """Writes the file at `source` with 8-bit products: ranges of activations measured in each call, or on `rows`.
+
+    With `bits` 4 the weights of products have 4 bits, in blocks, and their activations stay float32; tables have 8.
 
     Weights take 7 of the 8 bits, each column its own scale, because processors without VNNI add two products in 16
     bits: so the file computes the same on all of them. Activations are unsigned: with signed ones onnxruntime has no
@@ -131,11 +136,28 @@ def quantise_onnx(source: Path, path: Path, *, rows: list[dict[str, npt.NDArray[
         ready = Path(folder) / ONNX_FILE
         # Folds the transposition of each weight, which would hide that it is a constant.
         quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
-        if rows is None:
+        if bits == 4:
+            eight = Path(folder) / "tables.onnx"
+            options["op_types_to_quantize"] = [kind for kind in QUANTISED if kind != "MatMul"]
+            quantize_dynamic(str(ready), str(eight), **options)
+            _quantise_blocks(eight, path)
+        elif rows is None:
             quantize_dynamic(str(ready), str(path), **options)
         else:
             options |= {"quant_format": QuantFormat.QDQ, "activation_type": QuantType.QUInt8}
             quantize_static(str(ready), str(path), Rows(), **options)
+
+
+def _quantise_blocks(source: Path, path: Path) -> None:
+    """Puts 4-bit weights in the place of what activations are multiplied with."""
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    asked = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=False, op_types_to_quantize=("MatMul",))
+    made = MatMulNBitsQuantizer(onnx.load(str(source)), algo_config=asked)
+    made.process()
+    written: Any = made.model  # the library's own class by now
+    written.save_model_to_file(str(path), use_external_data_format=False)
 
 
 class OnnxModel(torch.nn.Module):
