@@ -181,8 +181,9 @@ def _first_set(config: Any, names: dict[str, tuple[str, ...]]) -> str | None:
 
 
 def _set_in(section: Any, fields: tuple[str, ...], place: str = "") -> str | None:
-    """The first of a section's fields that has not its default."""
-    changed = (f for f in fields if getattr(section, f) != type(section).model_fields[f].default)
+    """The first of these fields, of those that a section has, that has not its default."""
+    known = type(section).model_fields
+    changed = (f for f in fields if f in known and getattr(section, f) != known[f].default)
     return next((place + name for name in changed), None)
 
 
