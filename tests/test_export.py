@@ -322,7 +322,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["onnx", "onnx-int8", "onnx-int8-static"])
+@pytest.mark.parametrize("name", ["onnx", "onnx-int8", "onnx-int8-static", "onnx-int4"])
 def test_the_program_runs_where_torch_and_ray_are_not(made: Config, bare_python: Path, name: str, tmp_path: Path):
     shutil.copytree(folder_of(made, name), tmp_path / "deployed")
     probe = "import importlib.util as u; print([n for n in ('torch', 'ray', 'transformers') if u.find_spec(n)])"
