@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.stats import spearmanr
 
 from raydistill.config.file import load_config, validate
 from raydistill.config.run import Config
@@ -271,6 +272,20 @@ def table(grids: Sequence[Grid]) -> Iterable[str]:
         )
 
 
+def foresight(grids: Sequence[Grid]) -> Iterable[str]:
+    """How what the points have after an epoch agrees with what they reach, as Spearman's rank correlation."""
+    for metric in ("accuracy", "nll"):
+        for epoch in range(1, min(4, grids[0].epochs)):
+            found = []
+            for whole in grids:
+                trials = [Trial(0, {}, whole.epochs, curve) for curve in whole.curves.values()]
+                early = [trial.value(metric, epoch) for trial in trials]
+                late = [max(trial.values(whole.metric)) for trial in trials]
+                varied = len(set(early)) > 1
+                found.append(f"{spearmanr(early, late)[0]:.2f}" if varied else "all equal")
+            yield f"{metric} after epoch {epoch}, correlation with the best {grids[0].metric}: {', '.join(found)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "table"])
@@ -300,6 +315,7 @@ def main() -> None:
         if grids:
             print(f"{name}: {len(grids[0].curves)} points, {grids[0].epochs} epochs, {len(grids)} seeds", flush=True)
             print("\n".join(table(grids)), flush=True)
+            print("\n".join(foresight(grids)), flush=True)
 
 
 if __name__ == "__main__":
