@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raydistill.report.choices import choices_table
 from raydistill.report.metrics import (
     calibration_error,
     classifier_metrics,
@@ -257,6 +258,7 @@ def test_verdict_says_what_is_shown_and_what_is_not():
     unsure = verdict(report(gain_over_control_ci95=[-0.001, 0.02], gap_closed=None))
     assert "not shown to be more than chance" in " ".join(unsure)
     assert not any("gap" in line for line in unsure)
+    assert not any("gap" in line for line in verdict(report(gap_closed=-0.3)))
     assert len(verdict(report(control=None, gain_over_control=None, gap_closed=None, others=[]))) == 3
 
 
@@ -264,15 +266,64 @@ def test_verdict_says_whether_the_retention_asked_for_is_proved():
     lines = " ".join(verdict(report()))
     assert "99 % retention: not shown with this test set. Drops in accuracy of 0.61 points or more" in lines
     assert "3 rows are right by the student alone, 43 by the teacher alone (McNemar's exact test: p = 0.001)" in lines
-    assert "onnx-int8 keeps 97.5%, with 10.0 times fewer bytes on disk and requests answered 4.0 times as fast" in lines
     assert "closes 40% of the gap between control and teacher (95 % interval 20% to 60%)" in lines
+
+
+def alternative(name: str, kind: str, bytes_on_disk: int, low: float) -> dict[str, Any]:
+    return {
+        **report()["student"], "name": name, "kind": kind, "size_bytes": bytes_on_disk, "retention": low + 0.01,
+        "retention_ci95": [low, low + 0.02],
+    }  # fmt: skip
+
+
+def test_verdict_names_the_smallest_model_that_is_shown_to_keep_what_was_asked_for():
+    ways = [
+        alternative("onnx-int8", "export", 1_200_000, 0.96),
+        alternative("teacher-int8", "quantised teacher", 12_000_000, 0.991),
+        alternative("onnx", "export", 4_700_000, 0.992),
+    ]
+    told = [line for line in verdict(report(others=ways)) if "fewer bytes on disk" in line]
+    assert told == [
+        "To keep 99 %, distil and export: onnx is the smallest that is shown to (100.2%, 95 % interval 99.2% to"
+        " 101.2%); 10.2 times fewer bytes on disk, requests answered 4.0 times as fast.",
+        "The smallest of all, onnx-int8, keeps 97.0%: 40.0 times fewer bytes on disk, requests answered 4.0 times as"
+        " fast.",
+    ]
+    only = " ".join(verdict(report(others=ways[:2])))
+    assert "To keep 99 %, quantise: teacher-int8 is the smallest that is shown to" in only
+
+
+def test_verdict_says_where_nothing_is_shown_to_keep_what_was_asked_for():
+    ways = [alternative("onnx-int8", "export", 1_200_000, 0.972)]
+    told = [line for line in verdict(report(others=ways)) if "fewer bytes on disk" in line]
+    assert len(told) == 1
+    assert "To keep 99 %, distil and export: onnx-int8 comes nearest, and nothing here is shown to (98.2%" in told[0]
+    assert not any("fewer bytes" in line for line in verdict(report(others=[])))
+
+
+def test_choices_stand_from_the_smallest_with_what_each_is_shown_to_keep():
+    ways = [alternative("a", "export", 1_200_000, 0.93), alternative("b", "quantised teacher", 12_000_000, 0.99)]
+    header, *rows = choices_table(report(others=[*ways, alternative("c", "student", 1, 0.5) | {"kind": "folder"}]))
+    assert header[-1] == "keeps 99 %"
+    assert [(row[0], row[1], row[-1]) for row in rows] == [
+        ("a", "distil and export", "no"), ("student", "distil", "not shown"), ("b", "quantise", "shown"),
+    ]  # fmt: skip
+    assert rows[0][2:-1] == ["94.0%", "93.0% to 95.0%", "40.0", "4.0"]
+    assert choices_table(report(others=[])) == []
 
 
 def test_page_has_every_picture_and_table():
     page = render(report())
     labels = re.findall(r'aria-label="([^"]*)"', page)
     assert len(labels) == 5
-    for text in ("elsewhere, 5 rows", "spoken, 7 rows", "0.900", "What the student has wrong", "at 0.5 an hour"):
+    for text in (
+        "elsewhere, 5 rows",
+        "spoken, 7 rows",
+        "0.900",
+        "What the student has wrong",
+        "at 0.5 an hour",
+        "or both",
+    ):
         assert text in page
     names = re.findall(r' id="([^"]*)"', page)
     assert len(names) == len(set(names))

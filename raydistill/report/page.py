@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from raydistill.report import proof_pictures as pictures
+from raydistill.report.choices import choices_table, choices_verdict
 from raydistill.report.language_page import language_table, language_verdict, render_language
 from raydistill.report.over_seeds import Forms, seeds_table, seeds_verdict
 from raydistill.report.review import review_lines, review_table
@@ -93,11 +94,11 @@ def verdict(report: dict[str, Any]) -> list[str]:
             " without it"
             f" (95 % interval {low * 100:+.2f} to {high * 100:+.2f}: {shown} than chance)."
         )
-        if report["gap_closed"] is not None:
+        if report["gap_closed"] is not None and report["gap_closed"] > 0:
             interval = report.get("gap_closed_ci95")
             within = f" (95 % interval {interval[0]:.0%} to {interval[1]:.0%})" if interval else ""
             lines.append(f"That closes {report['gap_closed']:.0%} of the gap between control and teacher{within}.")
-    return lines + seeds_verdict(report, seed_forms(report)) + _alternatives(report) + teacher_notes(report)
+    return lines + seeds_verdict(report, seed_forms(report)) + choices_verdict(report) + teacher_notes(report)
 
 
 def seed_forms(report: dict[str, Any]) -> Forms:
@@ -127,19 +128,6 @@ def _shown(report: dict[str, Any]) -> list[str]:
         f" {report['smallest_drop'] * 100:.2f} points or more can be told from none here; {test['only_one']:,} rows are"
         f" right by the student alone, {test['only_other']:,} by the teacher alone (McNemar's exact test: p ="
         f" {test['p_value']:.2g})."
-    ]
-
-
-def _alternatives(report: dict[str, Any]) -> list[str]:
-    """Distil, quantise, or both: what each keeps and weighs."""
-    whole = report["teacher"]["size_bytes"]
-    found = [one for one in report.get("others", []) if one["kind"] in ("export", "quantised teacher")]
-    return [
-        f"Of the teacher's {quality_of(report)}, {one['name']} keeps {one['retention']:.1%}, with"
-        f" {whole / one['size_bytes']:.1f} times fewer bytes on disk and requests answered"
-        f" {report['teacher']['latency_ms_p50'] / one['latency_ms_p50']:.1f} times as fast."
-        for one in found
-        if one["retention"] is not None
     ]
 
 
@@ -270,6 +258,7 @@ def render(report: dict[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         review=(*review_table(review), review_lines(review)) if review else None,
         report=report, verdict=verdict(report), header=header, rows=rows, config=json.dumps(report["config"], indent=2),
+        choices=choices_table(report),
         pictures=report_pictures(report), kept=retention_table(report), losing=losing_classes(report),
         sets=set_tables(report), quality=quality_of(report), seeds=seeds_table(report, seed_forms(report)),
     )  # fmt: skip
