@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +26,7 @@ from raydistill.record.run import STAGES, clear, find_run, leftovers, verify
 from raydistill.stages.progress import Progress, size
 from raydistill.terminal import TerminalProgress, err, out, print_report
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML config; see README")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="settings to change")]
@@ -35,6 +34,25 @@ Redo = Annotated[
     str | None, typer.Option(metavar="STAGE", help="do a stage again; what stands there is kept aside, numbered")
 ]
 RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, <storage>/<name>")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(f"raydistill {version('raydistill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    """Distil a large transformer into a small one: raydistill run CONFIG.
+
+    Begin with: raydistill demo, or raydistill plan CONFIG.
+
+    Exit codes: 0 done; 2 for what you can mend, in one line; 130 and 143 after Ctrl-C and SIGTERM, with the state
+    saved; 1 for a bug, with its traceback.
+    """
 
 
 @app.command()

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,13 @@ def test_the_config_that_the_cases_start_from_is_right(place: Path, capsys: pyte
     assert cli._main(["plan", "c.yaml"]) == 0
     assert "rows: 54 train, 6 validation, 30 test" in capsys.readouterr().out
     assert not (place / "runs").exists()
+
+
+def test_help_and_version_say_how_to_begin(capsys: pytest.CaptureFixture[str]):
+    assert cli._main([]) == 0
+    assert "raydistill plan CONFIG" in capsys.readouterr().out
+    assert cli._main(["--version"]) == 0
+    assert capsys.readouterr().out == f"raydistill {metadata.version('raydistill')}\n"
 
 
 # A case: its name, what it changes, and what the message must hold. Overrides are texts, changes of files functions.
