@@ -16,6 +16,7 @@ from raydistill.data.packing import pack_inputs
 from raydistill.errors import UserError
 from raydistill.losses.fused_linear import Teacher, TokenObjective, token_loss
 from raydistill.losses.token_measures import chunks, own_measures, selected, teacher_measures
+from raydistill.models.row_attention import with_rows
 from raydistill.targets import OutputHead
 
 MODEL_PREFIX = "model."
@@ -53,7 +54,7 @@ def output_head(model: Any, vocabulary: int) -> OutputHead:
 
 def hidden_states(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """(P, W, D): what the output head is given. Rows are packed, or padded on the right."""
-    return decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+    return decoder_of(model)(**with_rows(model, inputs), use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
@@ -96,7 +97,7 @@ class NextTokenModel(torch.nn.Module):
         teacher: Teacher | None = None, objective: TokenObjective | None = None,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """With an objective the loss's sum and its parts, one after the other; without one the sums of MEASURES."""
-        hidden_PWD = decoder_of(self.model)(**inputs, use_cache=False).last_hidden_state
+        hidden_PWD = hidden_states(self.model, inputs)
         return self.head(hidden_PWD.flatten(0, 1)[places_N], labels_N, teacher, objective)
 
     def gradient_checkpointing_enable(self) -> None:

@@ -18,6 +18,7 @@ from raydistill.data.token_shards import read_token_shard
 from raydistill.depths import parameter_depths
 from raydistill.losses.fused_linear import Teacher, TokenObjective
 from raydistill.models.kinds import LANGUAGE_MODEL
+from raydistill.models.row_attention import attend_by_rows
 from raydistill.models.saving import longest_input, save_model
 from raydistill.next_token import MEASURES, MODEL_PREFIX, NextTokenModel, check_parts, model_weights, shared_names
 from raydistill.record.commit import Manifest, read_manifest
@@ -68,6 +69,8 @@ class LanguageLesson:
         job = self._job
         model, tokenizer = build_language_model(job)
         check_vocabulary(data, model.get_output_embeddings().weight.shape[0], job.title)
+        if self._device.type == "cpu":
+            attend_by_rows(model)
         check_parts(job.title, model.eval(), data.facts["vocabulary"])
         if self._lora:
             model = with_adapters(model, self._lora, job.settings.seed, self._device)
