@@ -102,9 +102,17 @@ class OutputHead:
         return replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias_V)
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """(N, V) float32. The product is taken in the weight's dtype, but float16's in float32, which it may leave."""
+        """(N, V) float32."""
+        return self.from_products(self.products(hidden_ND))
+
+    def products(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """(N, V), taken in the weight's dtype, but float16's in float32, which it may leave."""
         wide = torch.float32 if self.weight_VD.dtype == torch.float16 else self.weight_VD.dtype
-        logits_NV = (hidden_ND.to(wide) @ self.weight_VD.to(wide).T).float()
+        return hidden_ND.to(wide) @ self.weight_VD.to(wide).T
+
+    def from_products(self, products_NV: torch.Tensor) -> torch.Tensor:
+        """Logits, (N, V) float32, of products that nobody else needs."""
+        logits_NV = products_NV.float()
         if self.bias_V is not None:
             logits_NV += self.bias_V.float()
         if self.scale != 1:

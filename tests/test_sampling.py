@@ -10,9 +10,10 @@ import pytest
 import torch
 from sparse_oracles import inclusion, softmax, systematic, uniform
 
+from raydistill.cache import sampling
 from raydistill.cache.counter_random import DRAWS_STREAM, TAIL_STREAM, uniforms
 from raydistill.cache.sampling import drawn_targets, reduced, sampled_targets, top_targets
-from raydistill.targets import SparseTargets
+from raydistill.targets import OutputHead, SparseTargets
 
 V = 700  # more than two blocks of the vocabulary, and no multiple of one
 
@@ -123,7 +124,19 @@ def test_a_cut_keeps_the_likeliest_and_sums_the_others_themselves():
     assert others[0] < -30
 
 
-def test_workers_batches_and_chunks_change_nothing():
+class Given:
+    """A head that is given logits."""
+
+    def products(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        return hidden_ND
+
+    def from_products(self, products_NV: torch.Tensor) -> torch.Tensor:
+        return products_NV
+
+
+@pytest.mark.parametrize("piece", [1, 5, 1 << 20])
+def test_workers_batches_chunks_and_pieces_change_nothing(piece: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampling, "PIECE_NUMBERS", piece * V)
     logits, (row_ids, positions) = made_logits(53), keys(53)
     for keep in (
         lambda z, r, p: sampled_targets(z, r, p, width=9, seed=2),
@@ -132,7 +145,7 @@ def test_workers_batches_and_chunks_change_nothing():
     ):
         whole = keep(logits, row_ids, positions)
         for chunk in (1, 7, 53, 1000):
-            parts = reduced(logits, lambda z: z, keep, row_ids_N=row_ids, positions_N=positions, chunk=chunk)
+            parts = reduced(logits, Given(), keep, row_ids_N=row_ids, positions_N=positions, chunk=chunk)
             assert same(parts, whole)
         order = torch.randperm(53, generator=torch.Generator().manual_seed(0))
         assert same(keep(logits[order], row_ids[order], positions[order]), whole.select(order))
@@ -151,10 +164,10 @@ def test_a_chunk_is_the_largest_tensor():
                     Largest.numbers = max(Largest.numbers, value.untyped_storage().nbytes() // 4)
             return out
 
-    head, hidden = torch.randn(50_000, 4), torch.randn(64, 4)
+    head, hidden = OutputHead(torch.randn(50_000, 4)), torch.randn(64, 4)
     with Largest():
         reduced(
-            hidden, lambda h: h @ head.T, lambda z, r, p: sampled_targets(z, r, p, width=8, seed=0),
+            hidden, head, lambda z, r, p: sampled_targets(z, r, p, width=8, seed=0),
             row_ids_N=torch.zeros(64, dtype=torch.int64), positions_N=torch.arange(64), chunk=4,
         )  # fmt: skip
     # Padded to whole blocks, a little more than the chunk.
@@ -167,6 +180,16 @@ def test_a_vocabulary_that_fits_is_kept_whole(vocabulary: int):
     found = sampled_targets(logits, row_ids, positions, width=8, seed=0)
     assert found.exact_NK.all()
     torch.testing.assert_close(dense(found, vocabulary), logits.double().softmax(dim=1), atol=1e-7, rtol=1e-6)
+
+
+def test_the_tail_of_a_cut_is_known_where_its_probabilities_leave_float32():
+    logits = made_logits(3)
+    logits[1, 5] += 130.0
+    found = top_targets(logits, width=1)
+    others = logits.double().log_softmax(dim=1).scatter(1, found.ids_NK, -math.inf).logsumexp(dim=1)
+    assert found.log_tail_N is not None
+    assert others[1] < -110
+    torch.testing.assert_close(found.log_tail_N.double(), others, atol=1e-4, rtol=1e-6)
 
 
 def test_certain_and_even_teachers():
@@ -190,6 +213,7 @@ def test_what_cannot_be_kept_is_refused():
     logits = made_logits(2)
     with pytest.raises(ValueError, match="keeps at least 2 tokens, found 1"):
         sampled_targets(logits, *keys(2), width=1, seed=0)
-    logits[1, 5] = math.nan
-    with pytest.raises(ValueError, match="logit is not finite"):
-        top_targets(logits, width=3)
+    for broken in (math.nan, math.inf, -math.inf):
+        logits[1, 5] = broken
+        with pytest.raises(ValueError, match="logit is not finite"):
+            top_targets(logits, width=3)

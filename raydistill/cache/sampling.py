@@ -28,6 +28,7 @@ Shapes: N positions, V vocabulary, K kept tokens, B blocks of the vocabulary, S 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,18 @@ import torch.nn.functional as F
 from raydistill.cache.counter_random import DRAWS_STREAM, TAIL_STREAM, uniforms
 from raydistill.targets import SparseTargets
 
-BLOCK = 256
+BLOCK = 128
+LEAST = torch.finfo(torch.float32).min
+PIECE_NUMBERS = 1 << 20  # logits that are reduced at once where they pass through a processor's cache
+THIN = 1e-30  # a tail whose tokens' own probabilities leave float32
+
+
+class Head(Protocol):
+    """What makes logits of hidden states, in two parts: a product, and what is done with each of its numbers."""
+
+    def products(self, hidden_ND: torch.Tensor) -> torch.Tensor: ...
+
+    def from_products(self, products_NV: torch.Tensor) -> torch.Tensor: ...
 
 
 def sampled_targets(
@@ -43,26 +55,27 @@ def sampled_targets(
 ) -> SparseTargets:
     """Head exact, tail by a systematic sample: K = min(width, V) tokens of each position; unbiased, weights sum to 1.
 
-    Logits are of any floating type; the distribution is computed in float32 and its sums in float64. Raises ValueError
-    for a width below 2 or a logit that is not finite.
+    Logits are of any floating type; the distribution is computed in float32 and sums over it in float64. Raises
+    ValueError for a width below 2 or a logit that is not finite.
     """
-    _check(logits_NV, width, least=2)
-    probs_NV = F.softmax(logits_NV.float(), dim=-1)
-    entropy_N = torch.special.entr(probs_NV).sum(dim=-1)
-    kept = min(width, probs_NV.shape[1])
-    top_NK, ids_NK = probs_NV.topk(kept, dim=-1)
-    rest_N = probs_NV.scatter(1, ids_NK, 0.0).sum(dim=-1, dtype=torch.float64)
-    head_NK = _head(top_NK.double(), rest_N, whole=kept == probs_NV.shape[1])
-    tail_NV = probs_NV.scatter_(1, ids_NK, top_NK.masked_fill(head_NK, 0.0))
+    _check(width, least=2)
+    kept = min(width, logits_NV.shape[1])
+    spread = _Spread(logits_NV, kept)
+    top_NK, ids_NK = spread.top_NK, spread.top_ids_NK
+    spread.put(ids_NK, torch.zeros_like(top_NK))
+    head_NK = _head(top_NK.double(), spread.total_N, whole=kept == logits_NV.shape[1])
+    spread.put(ids_NK, top_NK.masked_fill(head_NK, 0.0))
     heads_N1 = head_NK.sum(dim=-1, keepdim=True)
     offsets_N1 = uniforms(seed, row_ids_N, positions_N, stream=TAIL_STREAM)
     teeth_NK = offsets_N1 + torch.arange(kept, device=heads_N1.device) - heads_N1
-    found_NK, mass_N1 = _under(tail_NV, teeth_NK.clamp_min_(0) / (kept - heads_N1).clamp_min(1))
-    weights_NK = torch.where(head_NK, top_NK.double(), mass_N1 / (kept - heads_N1).clamp_min(1))
-    weights_NK = (weights_NK / weights_NK.sum(dim=-1, keepdim=True)).float()
-    probs_NK = torch.where(head_NK, weights_NK, tail_NV.gather(1, found_NK))
+    draws_N1 = (kept - heads_N1).clamp_min(1)
+    found_NK = spread.under(teeth_NK.clamp_min_(0) / draws_N1)
+    weights_NK = torch.where(head_NK, top_NK.double(), spread.total_N[:, None] / draws_N1)
+    total_N1 = weights_NK.sum(dim=-1, keepdim=True)
+    weights_NK = (weights_NK / total_N1).float()
+    probs_NK = torch.where(head_NK, weights_NK, (spread.at(found_NK) / total_N1).float())
     ids_NK = torch.where(head_NK, ids_NK, found_NK)
-    return SparseTargets(ids_NK, weights_NK, head_NK, probs_NK=probs_NK, entropy_N=entropy_N)
+    return SparseTargets(ids_NK, weights_NK, head_NK, probs_NK=probs_NK, entropy_N=spread.entropy_N)
 
 
 def _head(top_NK: torch.Tensor, rest_N: torch.Tensor, *, whole: bool) -> torch.Tensor:
@@ -78,22 +91,73 @@ def _head(top_NK: torch.Tensor, rest_N: torch.Tensor, *, whole: bool) -> torch.T
     return top_NK * (kept - torch.arange(kept, device=top_NK.device)) >= from_here_NK
 
 
-def _under(mass_NV: torch.Tensor, shares_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens under points of the masses laid end to end, given as shares of their sum; and the sum, (N, 1).
+class _Spread:
+    """A position's probabilities, in blocks of the vocabulary, with the blocks' sums and the K likeliest tokens.
 
-    In two steps, blocks of tokens and tokens of a block, so that no running sum over the vocabulary is made. A token
-    without mass is never under a point, unless the position has no mass at all.
+    A few passes over the logits and no sort of them: a softmax, each block's largest and its sum, and the sum of p z
+    for the entropy, log sum e^z - sum p z. A block's sum is taken in float32, that of blocks in float64, a position's
+    alike in any batch.
     """
-    blocks_NBS = F.pad(mass_NV, (0, -mass_NV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
-    ends_NB = blocks_NBS.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    points_NK = shares_NK * ends_NB[:, -1:]
-    block_NK = _first_above(ends_NB, points_NK)
-    begins_NB = F.pad(ends_NB, (1, 0))
-    within_NKS = blocks_NBS.gather(1, block_NK[..., None].expand(-1, -1, BLOCK)).double().cumsum(dim=-1)
-    inside_NK = points_NK - begins_NB.gather(1, block_NK)
-    token_NK = _first_above(within_NKS.flatten(0, 1), inside_NK.reshape(-1, 1)).view_as(block_NK)
-    # Without any mass the point is in the padding.
-    return (block_NK * BLOCK + token_NK).clamp_max_(mass_NV.shape[1] - 1), ends_NB[:, -1:]
+
+    def __init__(self, logits_NV: torch.Tensor, kept: int) -> None:
+        """Raises ValueError for a logit that is not finite: then the entropy is not a number."""
+        self._vocabulary = logits_NV.shape[1]
+        logits_NV = logits_NV.float()
+        if missing := -self._vocabulary % BLOCK:  # what fills the last block up is no token: p is 0, and p z too
+            logits_NV = F.pad(logits_NV, (0, missing), value=LEAST)
+        self._probs_NBS = logits_NV.softmax(dim=-1).unflatten(1, (-1, BLOCK))
+        self._maxima_NB = self._probs_NBS.amax(dim=-1)
+        self.sums_NB = self._probs_NBS.sum(dim=-1).double()
+        mean_N = (self._probs_NBS * logits_NV.unflatten(1, (-1, BLOCK))).sum(dim=-1).sum(dim=-1, dtype=torch.float64)
+        self.top_NK, self.top_ids_NK = self._largest(kept)
+        total_N = self.total_N  # 1 but for some 1e-6, which are of all probabilities alike
+        log_sum_N = logits_NV.gather(1, self.top_ids_NK[:, :1])[:, 0].double() - (self.top_NK[:, 0] / total_N).log()
+        self.entropy_N = (log_sum_N - mean_N / total_N).clamp_min_(0).float()
+        if not torch.isfinite(self.entropy_N).all():
+            raise ValueError("a teacher's logit is not finite. Check its weights, or use teacher.dtype=float32")
+
+    @property
+    def total_N(self) -> torch.Tensor:
+        """The sum of what there is now: about 1, until something is put in its place."""
+        return self.sums_NB.sum(dim=-1)
+
+    def _largest(self, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the likeliest tokens have, most first, and their ids. They stand in the blocks of the largest maxima."""
+        blocks_NK = self._maxima_NB.topk(min(kept, self._maxima_NB.shape[1]), dim=-1).indices
+        top_NK, places_NK = self._blocks(blocks_NK).flatten(1).topk(kept, dim=-1)
+        return top_NK, blocks_NK.gather(1, places_NK // BLOCK) * BLOCK + places_NK % BLOCK
+
+    def put(self, ids_NK: torch.Tensor, values_NK: torch.Tensor) -> None:
+        """Gives these tokens, no one twice, something else."""
+        self._probs_NBS.flatten(1).scatter_(1, ids_NK, values_NK)
+        blocks_NK = ids_NK // BLOCK
+        self.sums_NB.scatter_(1, blocks_NK, self._blocks(blocks_NK).sum(dim=-1).double())
+
+    def at(self, ids_NK: torch.Tensor) -> torch.Tensor:
+        """What these tokens have, float64."""
+        return self._probs_NBS.flatten(1).gather(1, ids_NK).double()
+
+    def under(self, shares_NK: torch.Tensor) -> torch.Tensor:
+        """The tokens under points of all that there is laid end to end, the points given as shares of its sum.
+
+        In two steps, blocks of tokens and tokens of a block, so that no running sum over the vocabulary is made. A
+        token that has nothing is never under a point, unless none of its position has anything.
+        """
+        ends_NB = self.sums_NB.cumsum(dim=-1)
+        points_NK = shares_NK * ends_NB[:, -1:]
+        blocks_NK = _first_above(ends_NB, points_NK)
+        begins_NB = F.pad(ends_NB, (1, 0))
+        within_NKS = self._blocks(blocks_NK).double().cumsum(dim=-1)
+        inside_NK = points_NK - begins_NB.gather(1, blocks_NK)
+        tokens_NK = _first_above(within_NKS.flatten(0, 1), inside_NK.reshape(-1, 1)).view_as(blocks_NK)
+        # Where nothing is the point is in the padding.
+        return (blocks_NK * BLOCK + tokens_NK).clamp_max_(self._vocabulary - 1)
+
+    def _blocks(self, blocks_NK: torch.Tensor) -> torch.Tensor:
+        """(N, K, S), as whole rows of memory: gather would take them number by number."""
+        positions, blocks, _ = self._probs_NBS.shape
+        rows_NK = blocks_NK + torch.arange(0, positions * blocks, blocks, device=blocks_NK.device)[:, None]
+        return self._probs_NBS.flatten(0, 1).index_select(0, rows_NK.flatten()).view(*blocks_NK.shape, BLOCK)
 
 
 def _first_above(ends: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -110,17 +174,15 @@ def drawn_targets(
     Anshumann et al. 2025, arXiv:2503.16870, section 3, with the teacher itself as the proposal. K = draws; a token
     that was drawn again has one slot. Raises ValueError for fewer than 1 draw or a logit that is not finite.
     """
-    _check(logits_NV, draws, least=1)
-    probs_NV = F.softmax(logits_NV.float(), dim=-1)
+    _check(draws, least=1)
+    spread = _Spread(logits_NV, 1)
     shares_NK = uniforms(seed, row_ids_N, positions_N, stream=DRAWS_STREAM, draws=draws).sort(dim=-1).values
-    ids_NK, _ = _under(probs_NV, shares_NK)  # ascending, like the shares
+    ids_NK = spread.under(shares_NK)  # ascending, like the shares
     same_NKK = ids_NK[:, :, None] == ids_NK[:, None, :]
     first_NK = ~same_NKK.tril(-1).any(dim=-1)
     weights_NK = same_NKK.sum(dim=-1).float() / draws * first_NK
-    probs_NK = probs_NV.gather(1, ids_NK)
-    return SparseTargets(
-        ids_NK, weights_NK, torch.zeros_like(first_NK), probs_NK, entropy_N=torch.special.entr(probs_NV).sum(dim=-1)
-    )
+    probs_NK = (spread.at(ids_NK) / spread.total_N[:, None]).float()
+    return SparseTargets(ids_NK, weights_NK, torch.zeros_like(first_NK), probs_NK, entropy_N=spread.entropy_N)
 
 
 def top_targets(logits_NV: torch.Tensor, *, width: int) -> SparseTargets:
@@ -129,33 +191,42 @@ def top_targets(logits_NV: torch.Tensor, *, width: int) -> SparseTargets:
     The tail is summed over the others themselves: 1 less the head's mass would be rounding where it is thin. Raises
     ValueError for a width below 1 or a logit that is not finite.
     """
-    _check(logits_NV, width, least=1)
-    logprobs_NV = F.log_softmax(logits_NV.float(), dim=-1)
-    entropy_N = torch.special.entr(logprobs_NV.exp()).sum(dim=-1)
-    top_NK, ids_NK = logprobs_NV.topk(min(width, logprobs_NV.shape[1]), dim=-1)
-    log_tail_N = logprobs_NV.scatter_(1, ids_NK, float("-inf")).logsumexp(dim=-1)
-    probs_NK = top_NK.exp()
+    _check(width, least=1)
+    kept = min(width, logits_NV.shape[1])
+    spread = _Spread(logits_NV, kept)
+    total_N, top_NK, ids_NK = spread.total_N, spread.top_NK, spread.top_ids_NK
+    spread.put(ids_NK, torch.zeros_like(top_NK))
+    log_tail_N = ((rest_N := spread.total_N).log() - total_N.log()).float()
+    thin_N = rest_N < THIN
+    if kept < logits_NV.shape[1] and thin_N.any():
+        others_NV = logits_NV[thin_N].float().log_softmax(dim=-1).scatter_(1, ids_NK[thin_N], float("-inf"))
+        log_tail_N[thin_N] = others_NV.logsumexp(dim=-1)
+    probs_NK = (top_NK / total_N[:, None]).float()
     exact_NK = torch.ones_like(ids_NK, dtype=torch.bool)
-    return SparseTargets(ids_NK, probs_NK, exact_NK, probs_NK, log_tail_N, entropy_N)
+    return SparseTargets(ids_NK, probs_NK, exact_NK, probs_NK, log_tail_N, spread.entropy_N)
 
 
 def reduced(
-    hidden_ND: torch.Tensor, to_logits: Callable[[torch.Tensor], torch.Tensor], keep: Callable[..., SparseTargets],
-    *, row_ids_N: torch.Tensor, positions_N: torch.Tensor, chunk: int,
+    hidden_ND: torch.Tensor, head: Head, keep: Callable[..., SparseTargets], *,
+    row_ids_N: torch.Tensor, positions_N: torch.Tensor, chunk: int,
 ) -> SparseTargets:  # fmt: skip
     """The targets of all positions, `chunk` of them at a time: the largest tensor is chunk x vocabulary.
 
-    keep takes (logits, row ids, positions) of a chunk. What is kept of a position follows from its logits, its row id
-    and its position in the row, so that the chunk changes nothing.
+    keep takes (logits, row ids, positions), on a processor of so many of a chunk at once as its cache holds. What is
+    kept of a position follows from its logits, its row id and its position in the row, so that neither changes it.
     """
-    starts = range(0, len(hidden_ND), chunk)
-    cuts = [slice(start, start + chunk) for start in starts]
+    found: list[SparseTargets] = []
     with torch.no_grad():
-        return SparseTargets.joined([keep(to_logits(hidden_ND[cut]), row_ids_N[cut], positions_N[cut]) for cut in cuts])
+        for start in range(0, len(hidden_ND), chunk):
+            cut = slice(start, start + chunk)
+            products_CV, row_ids_C, positions_C = head.products(hidden_ND[cut]), row_ids_N[cut], positions_N[cut]
+            piece = max(1, PIECE_NUMBERS // products_CV.shape[1]) if products_CV.device.type == "cpu" else chunk
+            for first in range(0, len(products_CV), piece):
+                some = slice(first, first + piece)
+                found.append(keep(head.from_products(products_CV[some]), row_ids_C[some], positions_C[some]))
+    return SparseTargets.joined(found)
 
 
-def _check(logits_NV: torch.Tensor, width: int, *, least: int) -> None:
+def _check(width: int, *, least: int) -> None:
     if width < least:
         raise ValueError(f"a position keeps at least {least} tokens, found {width}")
-    if not torch.isfinite(logits_NV).all():
-        raise ValueError("a teacher's logit is not finite. Check its weights, or use teacher.dtype=float32")

@@ -133,7 +133,7 @@ class LanguageScorer:
 
     def _kept(self, hidden_ND: torch.Tensor, row_ids_N: Int64, positions_N: Int64) -> SparseTargets:
         return reduced(
-            hidden_ND, self._head.logits, self._keep,
+            hidden_ND, self._head, self._keep,
             row_ids_N=torch.from_numpy(row_ids_N).to(self._device),
             positions_N=torch.from_numpy(positions_N).to(self._device), chunk=chunk_of(self._job.vocabulary),
         )  # fmt: skip
