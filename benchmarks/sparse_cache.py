@@ -4,7 +4,8 @@ The made teacher is a language model's: Zipf's law over the vocabulary (numbered
 moved by a hidden state times a head. Bytes are those of the file on disk, all columns counted, row ids, lengths and
 entropies too, and the alphabet beside them; "ids" is what the columns of the token ids take, and "raw" what ids of
 log2 V bits would. The angle is between the gradient of forward KL with respect to the output head, summed over all
-tokens, of what is read back and of the whole distributions, for a student that knows Zipf's law alone.
+tokens, of what is read back and of the whole distributions, for a student that knows Zipf's law alone. Of `hidden`,
+whose states are rounded to bfloat16, it is how far that gradient is off, by its norm, at each of TEMPERATURES.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from raydistill.cache.sparse_shards import read_sparse, write_sparse
 from raydistill.record.store import LocalStore
 from raydistill.targets import SparseTargets
 
+ORDERS = ("frequency", "ids as numbered")
 FORMATS = {
     "sampled, 12, 8 bits": SparseFormat("sampled", 12),
     "sampled, 12, 12 bits": SparseFormat("sampled", 12, units=4096),
@@ -33,7 +35,8 @@ FORMATS = {
     "random, 50": SparseFormat("random", 50, 50),
     "topk, 12": SparseFormat("topk", 12),
 }
-CHUNK, ROW, WIDTH = 64, 512, 32
+CHUNK, PIECE, ROW, WIDTH = 64, 8, 512, 32
+TEMPERATURES = (1.0, 2.0, 4.0)
 
 
 class Teacher:
@@ -47,7 +50,10 @@ class Teacher:
         self.hidden_ND = torch.randn(tokens, WIDTH, generator=random)
 
     def logits(self, cut: slice) -> torch.Tensor:
-        return self.hidden_ND[cut] @ self.head_VD.T + self.prior_V
+        return self.of_hidden(self.hidden_ND[cut])
+
+    def of_hidden(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.prior_V, hidden_ND, self.head_VD.T)
 
 
 def keep(form: SparseFormat, logits: torch.Tensor, row_ids: torch.Tensor, positions: torch.Tensor) -> SparseTargets:
@@ -63,34 +69,57 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=128_256)
     parser.add_argument("--spread", type=float, default=5.0, help="deviation of the logits about Zipf's law")
+    parser.add_argument("--codecs", nargs="*", default=list(FORMATS), choices=list(FORMATS))
+    parser.add_argument("--orders", nargs="*", default=list(ORDERS), choices=list(ORDERS))
+    parser.add_argument("--hidden", action="store_true", help="the gradients of codec hidden, and nothing else")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.hidden:
+        return print(json.dumps(hidden_gradients(Teacher(arguments.tokens, arguments.vocabulary, arguments.spread))))
+    forms = {name: FORMATS[name] for name in arguments.codecs}
     teacher = Teacher(arguments.tokens, arguments.vocabulary, arguments.spread)
     row_ids = torch.arange(arguments.tokens) // ROW
     positions = torch.arange(arguments.tokens) % ROW
-    kept: dict[str, list[SparseTargets]] = {name: [] for name in FORMATS}
-    seconds = dict.fromkeys(FORMATS, 0.0)
+    kept: dict[str, list[SparseTargets]] = {name: [] for name in forms}
+    seconds = dict.fromkeys(forms, 0.0)
     whole_VD = torch.zeros(arguments.vocabulary, WIDTH)
     for start in range(0, arguments.tokens, CHUNK):
         cut = slice(start, start + CHUNK)
         logits = teacher.logits(cut)
         whole_VD.addmm_(logits.softmax(dim=1).T, teacher.hidden_ND[cut])
-        for name, form in FORMATS.items():
-            started = time.perf_counter()
-            kept[name].append(keep(form, logits, row_ids[cut], positions[cut]))
-            seconds[name] += time.perf_counter() - started
-    entropies = torch.cat([part.entropy_N for part in kept["topk, 12"] if part.entropy_N is not None])
-    print(json.dumps({"mean_entropy_nats": round(entropies.mean().item(), 2), **vars(arguments)}))
+        for name, form in forms.items():
+            started = time.process_time()
+            parts = zip(logits.split(PIECE), row_ids[cut].split(PIECE), positions[cut].split(PIECE), strict=True)
+            kept[name] += [keep(form, *part) for part in parts]
+            seconds[name] += time.process_time() - started
+    entropies = torch.cat([part.entropy_N for part in next(iter(kept.values())) if part.entropy_N is not None])
+    print(json.dumps({"mean_entropy_nats": round(entropies.mean().item(), 2), **vars(arguments)}), flush=True)
     student_V = teacher.prior_V.softmax(dim=0)
     with tempfile.TemporaryDirectory() as folder:
-        for name, form in FORMATS.items():
+        for name, form in forms.items():
             targets = SparseTargets.joined(kept[name])
             extraction = {"extracted_tokens_per_second": round(arguments.tokens / seconds[name])}
-            for order in ("frequency", "ids as numbered"):
+            for order in arguments.orders:
                 alphabet = Alphabet.by_counts((teacher.prior_V.exp() * 1e9).long().numpy() * (order == "frequency"))
                 facts = measured(
                     LocalStore(f"{folder}/{name}-{order}"), form, targets, alphabet, teacher, whole_VD, student_V
                 )
-                print(json.dumps({"codec": name, "alphabet": order, **facts, **extraction}))
+                print(json.dumps({"codec": name, "alphabet": order, **facts, **extraction}), flush=True)
+
+
+def hidden_gradients(teacher: Teacher) -> dict[str, float]:
+    """By temperature: the norm of the difference of both gradients, over that of the whole one."""
+    of_student = {t: (teacher.prior_V / t).softmax(dim=0) for t in TEMPERATURES}
+    whole = {t: torch.zeros_like(teacher.head_VD) for t in TEMPERATURES}
+    off = {t: torch.zeros_like(teacher.head_VD) for t in TEMPERATURES}
+    for start in range(0, len(teacher.hidden_ND), CHUNK):
+        hidden_ND = teacher.hidden_ND[start : start + CHUNK]
+        logits, kept = teacher.of_hidden(hidden_ND), teacher.of_hidden(hidden_ND.bfloat16().float())
+        for t in TEMPERATURES:
+            probs = (logits / t).softmax(dim=1)
+            off[t].addmm_(((kept / t).softmax(dim=1) - probs).T, hidden_ND)
+            whole[t].addmm_((of_student[t] - probs).T, hidden_ND)
+    return {f"T = {t:g}": round((off[t].norm() / whole[t].norm()).item(), 6) for t in TEMPERATURES}
 
 
 def measured(

@@ -21,9 +21,10 @@ from raydistill.cache.sampling import drawn_targets, sampled_targets, top_target
 from raydistill.cache.sparse_rows import SparseFormat
 from raydistill.cache.sparse_shards import SparseShard, read_sparse, write_sparse
 from raydistill.errors import UserError
+from raydistill.losses.fused_linear import TokenObjective, token_loss
 from raydistill.record.commit import Manifest
 from raydistill.record.store import LocalStore
-from raydistill.targets import OutputHead, SparseTargets
+from raydistill.targets import HiddenTargets, OutputHead, SparseTargets
 
 V = 3000
 FOLDER, FILE = "teacher/cache", "train-00000.parquet"
@@ -288,6 +289,33 @@ def test_hidden_states_and_the_head_give_the_logits_again(dtype: torch.dtype, tm
         expected = 30 * torch.tanh(plain / 30)
         tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(read.logits(hidden).double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_hidden_states_that_were_kept_give_the_whole_gradient(temperature: float, tmp_path: Path):
+    """Of a teacher in float32, whose states are rounded to bfloat16: by the definition, in float64, the gradient of the
+    student's output layer is off by less than 1e-3 of its norm."""
+    store, random = LocalStore(str(tmp_path)), torch.Generator().manual_seed(3)
+    rows, tokens, vocabulary, width = 16, 64, 400, 96
+    states_NLD = torch.randn(rows, tokens, width, generator=random)
+    head = OutputHead(torch.randn(vocabulary, width, generator=random) * (3 / width**0.5))
+    row_ids, counts = np.arange(rows), np.full(rows, tokens)
+    with hidden_writer(store, f"{FOLDER}/{FILE}", width) as writer:
+        writer.add(row_ids, counts, {HIDDEN: states_NLD})
+        entry = writer.commit("f" * 64)
+    manifest = Manifest("f" * 64, (entry,), {"width": width})
+    shard = read_hidden(store, FOLDER, entry, manifest, row_ids_R=row_ids, tokens_R=counts)
+    kept = torch.cat([torch.from_numpy(shard.row(HIDDEN, row).copy()).view(torch.bfloat16) for row in range(rows)])
+    hidden = torch.randn(rows * tokens, 8, generator=random)
+    weight = torch.randn(vocabulary, 8, generator=random, requires_grad=True)
+    objective = TokenObjective(alpha=1.0, temperature=temperature)
+    labels = torch.zeros(rows * tokens, dtype=torch.int64)
+    token_loss(objective, hidden, weight, labels, HiddenTargets(kept, head)).sum.backward()
+    teacher = states_NLD.flatten(0, 1).double() @ head.weight_VD.double().T / temperature
+    student = hidden.double() @ weight.detach().double().T / temperature
+    whole = temperature * (student.softmax(dim=1) - teacher.softmax(dim=1)).T @ hidden.double()
+    assert weight.grad is not None
+    assert (weight.grad.double() - whole).norm() <= 1e-3 * whole.norm()
 
 
 def test_temperatures_that_a_cache_cannot_serve_are_refused_by_name():
