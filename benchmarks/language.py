@@ -37,6 +37,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "sampled-12": {"codec": "sampled", "kept": 12},
     "topk-3": {"codec": "topk", "kept": 3},  # of about as many bytes
     "random-50": {"codec": "random", "kept": 50},  # RS-KD
+    "sampled-20": {"codec": "sampled", "kept": 20},
     "dense": {"codec": "dense"},
     "topk-12": {"codec": "topk", "kept": 12},  # of as many tokens
 }
