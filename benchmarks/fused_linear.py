@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from raydistill.losses.fused_linear import TokenObjective, token_loss
+from raydistill.losses.fused_linear import token_loss
+from raydistill.losses.token_objective import TokenObjective
 from raydistill.targets import SparseTargets
 
 

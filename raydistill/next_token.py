@@ -14,8 +14,9 @@ import torch
 
 from raydistill.data.packing import pack_inputs
 from raydistill.errors import UserError
-from raydistill.losses.fused_linear import Teacher, TokenObjective, token_loss
+from raydistill.losses.fused_linear import token_loss
 from raydistill.losses.token_measures import chunks, own_measures, selected, teacher_measures
+from raydistill.losses.token_objective import Teacher, TokenObjective
 from raydistill.models.row_attention import with_rows
 from raydistill.targets import OutputHead
 

@@ -128,3 +128,59 @@ class HiddenTargets:
 
     hidden_ND: torch.Tensor
     head: OutputHead
+
+
+@dataclass(frozen=True)
+class SpanTargets:
+    """Spans of text that end at tokens of both tokenizers, for a student with another one than its teacher's.
+
+    Span j is the student's positions from begins_J on up to before ends_J, rising and apart from each other;
+    logprobs_J (float32) is the logarithm of the probability that the teacher gives to the text that stands there.
+    """
+
+    begins_J: torch.Tensor
+    ends_J: torch.Tensor
+    logprobs_J: torch.Tensor
+
+    def to(self, device: torch.device) -> SpanTargets:
+        parts = (self.begins_J, self.ends_J, self.logprobs_J)
+        return SpanTargets(*(part.to(device, non_blocking=True) for part in parts))
+
+    def within(self, begin: int, end: int) -> SpanTargets:
+        """The spans of the positions from `begin` up to before `end`, counted from there; none lies across."""
+        here_J = (self.begins_J >= begin) & (self.ends_J <= end)
+        return SpanTargets(self.begins_J[here_J] - begin, self.ends_J[here_J] - begin, self.logprobs_J[here_J])
+
+
+@dataclass(frozen=True)
+class RankTargets:
+    """The teacher's distributions where both tokenizers have written the same text, M of them.
+
+    places_M are the student's positions there, rising; `teacher` has a position for each of them.
+    """
+
+    places_M: torch.Tensor
+    teacher: SparseTargets | HiddenTargets | torch.Tensor
+
+    def to(self, device: torch.device) -> RankTargets:
+        """On the device, but for a teacher's output head, which its owner moves once."""
+        teacher = self.teacher
+        if isinstance(teacher, HiddenTargets):
+            moved: SparseTargets | HiddenTargets | torch.Tensor = replace(
+                teacher, hidden_ND=teacher.hidden_ND.to(device, non_blocking=True)
+            )
+        else:
+            moved = teacher.to(device)
+        return RankTargets(self.places_M.to(device, non_blocking=True), moved)
+
+    def within(self, begin: int, end: int) -> RankTargets:
+        """Those of the positions from `begin` up to before `end`, counted from there."""
+        here_M = (self.places_M >= begin) & (self.places_M < end)
+        teacher = self.teacher
+        if isinstance(teacher, SparseTargets):
+            cut: SparseTargets | HiddenTargets | torch.Tensor = teacher.select(here_M)
+        elif isinstance(teacher, HiddenTargets):
+            cut = replace(teacher, hidden_ND=teacher.hidden_ND[here_M])
+        else:
+            cut = teacher[here_M]
+        return RankTargets(self.places_M[here_M] - begin, cut)

@@ -34,6 +34,23 @@ def tokenizer(vocabulary: int = 300) -> Any:
     return new_tokenizer(texts(), vocabulary)
 
 
+def unigram_tokenizer(vocabulary: int = 120) -> Any:
+    """A tokenizer as SentencePiece makes them: a Unigram model, a sign before each word, characters that it lacks."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = Tokenizer(models.Unigram())
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    pieces.train_from_iterator(texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
 def tiny_language_model(architecture: str = "llama", *, vocabulary: int = 64, seed: int = 0, **changes: Any) -> Any:
     """A causal model of 2 layers and width 16 with weights of size 0.3, so that its attention matters."""
     from transformers import AutoConfig, AutoModelForCausalLM

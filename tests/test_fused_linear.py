@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydistill.cache.sampling import drawn_targets, sampled_targets, top_targets
-from raydistill.losses.fused_linear import TokenObjective, token_loss
+from raydistill.losses.fused_linear import token_loss
 from raydistill.losses.sparse_divergences import SPARSE_DIVERGENCES, check_sparse_loss
+from raydistill.losses.token_objective import TokenObjective
 from raydistill.targets import HiddenTargets, OutputHead, SparseTargets
 
 N, V, D, K = 13, 40, 6, 9

@@ -20,7 +20,7 @@ from raydistill.data.packing import dealt, pack_inputs, packed
 from raydistill.data.token_order import token_batches, token_steps
 from raydistill.data.token_shards import TokenShard, read_token_shard
 from raydistill.errors import UserError
-from raydistill.losses.fused_linear import Teacher
+from raydistill.losses.token_objective import Teacher
 from raydistill.record.commit import Manifest
 from raydistill.record.store import Store
 

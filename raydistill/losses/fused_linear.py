@@ -10,81 +10,24 @@ label, for every loss of sparse_divergences:
 
 with s_i the slopes by log q_i, t the one by the logarithm of the mass Q of the tail (0 for a sample).
 
+A student with a tokenizer of its own (losses/cross_tokenizer) learns from spans or from ranks. A span needs all of its
+positions, so that chunks end between spans.
+
 Shapes: N positions, C positions of a chunk, V vocabulary, D width, K kept tokens.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from raydistill.losses.cross_tokenizer import rank_loss, span_loss, whole_spans
 from raydistill.losses.registry import RESPONSE_LOSSES
-from raydistill.losses.response import IGNORED_LABEL, check_label_smoothing, check_temperature
-from raydistill.losses.sparse_divergences import check_sparse_loss, parameter_of, sparse_terms
-from raydistill.targets import HiddenTargets, SparseTargets
-
-# Sparse, hidden states with a head, or logits (N, V).
-Teacher = SparseTargets | HiddenTargets | torch.Tensor
-
-
-@dataclass(frozen=True)
-class TokenObjective:
-    """alpha * response loss + (1 - alpha) * cross-entropy with the next token, as losses/objective of classes.
-
-    always_response: the response loss is computed and reported also while alpha is 0, for one that changes.
-
-    Raises ValueError for an unknown kind, a parameter that it does not have or out of bounds, and a loss that is not a
-    sum over positions.
-    """
-
-    temperature: float = 1.0
-    alpha: float = 0.0
-    kind: str = "forward_kl"
-    parameters: Mapping[str, float] = field(default_factory=dict[str, float])
-    label_smoothing: float = 0.0
-    always_response: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind not in RESPONSE_LOSSES:
-            raise ValueError(f"kind must be one of {', '.join(RESPONSE_LOSSES)}, found {self.kind!r}")
-        RESPONSE_LOSSES[self.kind].resolved(self.parameters)
-        check_sparse_loss("dense", kind=self.kind, parameters=self.parameters)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha must be from 0 to 1, found {self.alpha}")
-        check_temperature(self.temperature)
-        check_label_smoothing(self.label_smoothing)
-        if not RESPONSE_LOSSES[self.kind].uses_temperature and self.temperature != 1:
-            raise ValueError(f"{self.kind} takes no temperature, found {self.temperature}; leave it at 1")
-
-    @property
-    def has_response(self) -> bool:
-        return self.alpha > 0 or self.always_response
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.has_response
-
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        """The names of the parts that every call reports, in their order."""
-        return ("cross_entropy", *((self.part,) if self.has_response else ()))
-
-    @property
-    def part(self) -> str:
-        return RESPONSE_LOSSES[self.kind].part or self.kind
-
-    def check(self, teacher: Teacher) -> None:
-        """Raises ValueError for targets that do not determine this loss."""
-        if isinstance(teacher, SparseTargets):
-            codec = "sampled" if teacher.log_tail_N is None else "topk"
-            known = teacher.probs_NK is not None
-            check_sparse_loss(codec, kind=self.kind, parameters=self.parameters, has_probabilities=known)
-            if self.temperature != 1:
-                raise ValueError(
-                    f"sparse targets serve temperature 1 alone, found {self.temperature}; use codec hidden"
-                )
+from raydistill.losses.response import IGNORED_LABEL
+from raydistill.losses.sparse_divergences import parameter_of, sparse_terms
+from raydistill.losses.token_objective import CrossTeacher, Teacher, TokenObjective
+from raydistill.targets import HiddenTargets, RankTargets, SpanTargets, SparseTargets
 
 
 @dataclass(frozen=True)
@@ -101,8 +44,8 @@ class TokenLoss:
 
 def token_loss(
     objective: TokenObjective, hidden_ND: torch.Tensor, head_VD: torch.Tensor, labels_N: torch.Tensor,
-    teacher: Teacher | None = None, *, mask_N: torch.Tensor | None = None, bias_V: torch.Tensor | None = None,
-    softcap: float | None = None, chunk: int = 128,
+    teacher: Teacher | CrossTeacher | None = None, *, mask_N: torch.Tensor | None = None,
+    bias_V: torch.Tensor | None = None, softcap: float | None = None, chunk: int = 128,
 ) -> TokenLoss:  # fmt: skip
     """The objective over the positions whose label is not -100 and whose mask is true; the others' hidden states,
     labels and targets are not looked at and get gradient 0.
@@ -110,8 +53,9 @@ def token_loss(
     labels_N holds the token that follows each position. softcap c makes c tanh(z / c) of every logit z (Gemma 2,
     arXiv:2408.00118, section 2), which costs one more tensor of a chunk's size. Products are taken in the dtype of the
     hidden states, float16's in float32, which extreme values leave; everything else and all sums in float32 (float64
-    for float64). The largest tensor is chunk x V, apart from the head and its gradient. Raises ValueError where alpha
-    needs a teacher and there is none, and for one that does not determine the loss.
+    for float64). The largest tensor is chunk x V, apart from the head and its gradient. Targets of a student with
+    another tokenizer count the positions that took part. Raises ValueError where alpha needs a teacher and there is
+    none, and for one that does not determine the loss.
     """
     if objective.has_response:
         if teacher is None:
@@ -121,14 +65,22 @@ def token_loss(
     with_gradient = torch.is_grad_enabled()
     with torch.no_grad():
         done = _Pass(objective, hidden_ND, head_VD, bias_V, softcap, with_gradient=with_gradient)
-        for positions in taking.nonzero()[:, 0].split(chunk):
-            done.add(positions, labels_N, teacher)
+        positions_N = taking.nonzero()[:, 0]
+        for begin, end in _chunks(len(positions_N), chunk, teacher):
+            part = teacher.within(begin, end) if isinstance(teacher, SpanTargets | RankTargets) else teacher
+            done.add(positions_N[begin:end], labels_N, part)
     total = done.parts["cross_entropy"] * (1 - objective.alpha)
     if objective.has_response:
         total = total + objective.alpha * done.parts[objective.part]
     if any(gradient is not None for gradient in done.gradients):
         total = _FusedGradient.apply(total, hidden_ND, head_VD, bias_V, *done.gradients)
     return TokenLoss(total, done.parts, int(taking.sum()))  # pyright: ignore[reportArgumentType]
+
+
+def _chunks(positions: int, chunk: int, teacher: Teacher | CrossTeacher | None) -> list[tuple[int, int]]:
+    if isinstance(teacher, SpanTargets):
+        return whole_spans(positions, chunk, teacher)
+    return [(begin, min(begin + chunk, positions)) for begin in range(0, positions, chunk)]
 
 
 class _Pass:
@@ -150,8 +102,8 @@ class _Pass:
             for value, want in zip((hidden_ND, head_VD, bias_V), wanted, strict=True)
         ]
 
-    def add(self, positions: torch.Tensor, labels_N: torch.Tensor, teacher: Teacher | None) -> None:
-        """Positions of the batch by index, a chunk of them."""
+    def add(self, positions: torch.Tensor, labels_N: torch.Tensor, teacher: Teacher | CrossTeacher | None) -> None:
+        """Positions of the batch by index, a chunk of them; of a cross-tokenizer teacher what is of them."""
         hidden_CD, labels_C = self.hidden_ND[positions].to(self.product), labels_N[positions]
         logits_CV = (hidden_CD @ self.head_VD.T).to(self.wide)
         if self.bias_V is not None:
@@ -162,12 +114,16 @@ class _Pass:
             cap_CV = 1 - logits_CV.square()  # the slope of what is capped by what is not
             logits_CV.mul_(self.softcap)
         slope_CV = None
-        if self.objective.has_response and not isinstance(teacher, SparseTargets):
+        if isinstance(teacher, RankTargets):
+            slope_CV = self._ranks(logits_CV, teacher)
+        elif self.objective.has_response and not isinstance(teacher, SparseTargets | SpanTargets):
             slope_CV = self._whole(logits_CV, labels_C, positions, teacher)
         log_total_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
         self._cross_entropy(logits_CV, labels_C, log_total_C1)
         if self.objective.has_response and isinstance(teacher, SparseTargets):
             gradient_CV = self._sparse(logits_CV, log_total_C1, teacher.select(positions))
+        elif self.objective.has_response and isinstance(teacher, SpanTargets):
+            gradient_CV = self._spans(logits_CV, log_total_C1, labels_C, teacher)
         else:
             gradient_CV = logits_CV.sub_(log_total_C1).exp_().mul_(1 - self.objective.alpha)
         if any(gradient is not None for gradient in self.gradients):
@@ -225,6 +181,25 @@ class _Pass:
             own_CK += outer_C1 * kept_logprobs_CK.exp() * used_CK
             scale_C1 = outer_C1 * log_rest_C1.exp() + objective.alpha * rest_C[:, None]
         return logits_CV.sub_(log_total_C1).exp_().mul_(scale_C1).scatter_add_(1, ids_CK, own_CK)
+
+    def _ranks(self, logits_CV: torch.Tensor, ranks: RankTargets) -> torch.Tensor | None:
+        """The response loss of sorted probabilities; its gradient, not yet weighted."""
+        if not self.objective.has_response:
+            return None
+        loss, slope_CV = rank_loss(ranks, logits_CV, temperature=self.objective.temperature)
+        self.parts[self.objective.part] += loss
+        return slope_CV
+
+    def _spans(
+        self, logits_CV: torch.Tensor, log_total_C1: torch.Tensor, labels_C: torch.Tensor, spans: SpanTargets
+    ) -> torch.Tensor:
+        """The response loss of whole spans; its gradient is that of a cross-entropy whose positions have weights."""
+        logprobs_C = (logits_CV.gather(1, labels_C[:, None]) - log_total_C1)[:, 0]
+        loss, slopes_C = span_loss(spans, logprobs_C, temperature=self.objective.temperature)
+        self.parts[self.objective.part] += loss
+        own_C1 = self.objective.alpha * slopes_C[:, None]
+        probs_CV = logits_CV.sub_(log_total_C1).exp_()
+        return probs_CV.mul_(1 - self.objective.alpha + own_C1).scatter_add_(1, labels_C[:, None], -own_C1)
 
     def _less_labels(
         self, gradient_CV: torch.Tensor, labels_C: torch.Tensor, slope_CV: torch.Tensor | None

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from raydistill.losses.fused_linear import Teacher
 from raydistill.losses.sparse_divergences import sparse_terms
+from raydistill.losses.token_objective import Teacher
 from raydistill.targets import HiddenTargets, SparseTargets
 
 TOP = 5

@@ -17,8 +17,8 @@ from raydistill.data.folds import FoldRows
 from raydistill.data.loader import Split
 from raydistill.data.tokens import ids_in, load_tokenizer
 from raydistill.losses.courses import Course
-from raydistill.losses.fused_linear import TokenObjective
 from raydistill.losses.objective import Objective
+from raydistill.losses.token_objective import TokenObjective
 from raydistill.models.configuration import shape_of
 from raydistill.models.kinds import CLASSIFIER, ModelKind
 from raydistill.models.loading import load_classifier, start_classifier

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydistill.losses.fused_linear import TokenObjective
 from raydistill.losses.objective import Objective
+from raydistill.losses.token_objective import TokenObjective
 
 # A spike: a step whose loss is this many times the usual largest step between two points, and this many deviations of
 # the logarithm off, because rows' losses scatter by factors.

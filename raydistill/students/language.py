@@ -12,8 +12,8 @@ import torch
 from raydistill.data.token_shards import TokenShard
 from raydistill.data.tokens import load_tokenizer, pack_by_length, pad
 from raydistill.errors import UserError, first_line
-from raydistill.losses.fused_linear import TokenObjective
 from raydistill.losses.response import IGNORED_LABEL
+from raydistill.losses.token_objective import TokenObjective
 from raydistill.models.folders import find_model
 from raydistill.models.loading import empty_language_model, load_language_model
 from raydistill.next_token import NextTokenModel, hidden_states

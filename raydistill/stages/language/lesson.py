@@ -16,7 +16,7 @@ from raydistill.data.token_loader import TokenBatch, TokenSplit, check_vocabular
 from raydistill.data.token_order import token_steps
 from raydistill.data.token_shards import read_token_shard
 from raydistill.depths import parameter_depths
-from raydistill.losses.fused_linear import Teacher, TokenObjective
+from raydistill.losses.token_objective import Teacher, TokenObjective
 from raydistill.models.kinds import LANGUAGE_MODEL
 from raydistill.models.row_attention import attend_by_rows
 from raydistill.models.saving import longest_input, save_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raydistill.config.loss import LOSS_PARAMETERS, WITHOUT_TEMPERATURE, Loss
 from raydistill.config.train import Train
 from raydistill.config.training import Training
-from raydistill.losses.fused_linear import TokenObjective
+from raydistill.losses.token_objective import TokenObjective
 
 
 def language_objective(role: str, settings: Training) -> TokenObjective:

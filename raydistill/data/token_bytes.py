@@ -1,0 +1,105 @@
+"""Where in a text's bytes every token ends.
+
+Offsets of a tokenizer count characters, and within a character of several bytes they are the same for tokens that hold
+different ones of its bytes. So tokens are measured by the bytes that the vocabulary gives them, and these, one after
+the other, must be the text's: of a text that the tokenizer changes first (lower case, NFC, fewer spaces) nothing is
+said. Only a text with characters that the vocabulary lacks is measured by offsets, which are right around those.
+
+Shapes: L tokens of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from raydistill.errors import UserError
+
+SPACE = "\u2581"  # SentencePiece's sign for one
+Ends = npt.NDArray[np.int32]
+
+
+class TokenBytes:
+    """The bytes of every token of a tokenizer. Raises UserError, naming the setting, for one that is not a fast one."""
+
+    def __init__(self, tokenizer: Any, setting: str) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"{setting}: its tokenizer is not one of the tokenizers library, which bytes of a text need. Save it"
+                " with tokenizer.json"
+            )
+        self._tokenizer, self.unknown = tokenizer, tokenizer.unk_token_id
+        layout = json.loads(tokenizer.backend_tokenizer.to_str())
+        steps = _kinds(layout.get("decoder")) | _kinds(layout.get("pre_tokenizer"))
+        to_bytes = _of_bytes if "ByteLevel" in steps else _of_characters
+        self._bytes_V = [to_bytes(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+        for number, added in tokenizer.added_tokens_decoder.items():
+            self._bytes_V[number] = added.content.encode()
+        if self.unknown is not None:
+            self._bytes_V[self.unknown] = None
+        sizes = (-1 if found is None else len(found) for found in self._bytes_V)
+        self._lengths_V = np.fromiter(sizes, np.int32, len(self._bytes_V))
+
+    def ends(self, ids: list[int], text: str) -> Ends | None:
+        """The byte before which each token of a text ends, (L,); None where the tokens are not the text's own.
+
+        A token that stands for no byte, such as a space that the tokenizer puts before a text, ends where the one
+        before it does.
+        """
+        lengths_L = self._lengths_V[ids]
+        if (lengths_L < 0).any():
+            return self._by_offsets(ids, text)
+        whole, written = text.encode(), b"".join([self._bytes_V[token] or b"" for token in ids])
+        ends_L = np.cumsum(lengths_L, dtype=np.int32)
+        if written == whole:
+            return ends_L
+        return np.maximum(ends_L - 1, 0) if written == b" " + whole else None
+
+    def _by_offsets(self, ids: list[int], text: str) -> Ends | None:
+        """Of a text with unknown characters: they are where the tokenizer says, the others' bytes are compared."""
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if found["input_ids"] != ids:
+            return None
+        before = np.cumsum([0, *(len(character.encode()) for character in text)])
+        whole, last, ends = text.encode(), 0, list[int]()
+        for token, (first, end) in zip(ids, found["offset_mapping"], strict=True):
+            start, stop, own = int(before[first]), int(before[end]), self._bytes_V[token]
+            if start < last and stop > start and own is not None:  # some put the space before a word in both
+                start = last
+            if start != last or (own is not None and whole[start:stop] not in (own, own.removeprefix(b" "))):
+                return None
+            last = stop
+            ends.append(stop)
+        return np.array(ends, np.int32) if last == len(whole) else None
+
+
+def _kinds(step: Any) -> set[str]:
+    """The types of a step of a tokenizer's file, and of those that it is made of."""
+    if not isinstance(step, dict):
+        return set()
+    parts = [part for name in ("decoders", "pretokenizers") for part in step.get(name) or ()]
+    return {str(step.get("type"))}.union(*map(_kinds, parts))
+
+
+def _byte_signs() -> dict[str, int]:
+    """The character by which byte-level tokenizers write each byte: its own where it can be seen, else one from 256."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(seen)]
+    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+
+
+SIGNS = _byte_signs()
+
+
+def _of_bytes(token: str) -> bytes | None:
+    return bytes(SIGNS[sign] for sign in token) if all(sign in SIGNS for sign in token) else token.encode()
+
+
+def _of_characters(token: str) -> bytes | None:
+    """A piece of SentencePiece's kind; <0x0A> is a byte of a character that the vocabulary lacks."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(SPACE, " ").encode()
