@@ -66,6 +66,11 @@ def test_unknown_characters_are_found_by_offsets(tokenizers: dict[str, Any]):
     assert ends[-1] == len(text.encode())
     last = max(place for place, token in enumerate(ids) if token == made.unk_token_id)
     assert ends[last] == text.encode().index(b" the", 5)
+    # Also where the sign before a text has the offsets of its first character.
+    text = "the \u65e5\u672c"
+    ends = TokenBytes(made, "here").ends(ids_of(made, text), text)
+    assert ends is not None
+    assert ends[-2:].tolist() == [4, 10]
 
 
 def test_a_text_that_a_tokenizer_changes_has_no_bytes():

@@ -3,7 +3,7 @@
 Offsets of a tokenizer count characters, and within a character of several bytes they are the same for tokens that hold
 different ones of its bytes. So tokens are measured by the bytes that the vocabulary gives them, and these, one after
 the other, must be the text's: of a text that the tokenizer changes first (lower case, NFC, fewer spaces) nothing is
-said. Only a text with characters that the vocabulary lacks is measured by offsets, which are right around those.
+said. Only what an unknown token stands for is told by its offsets, which are right about whole characters.
 
 Shapes: L tokens of a text, V vocabulary.
 """
@@ -35,13 +35,11 @@ class TokenBytes:
         layout = json.loads(tokenizer.backend_tokenizer.to_str())
         steps = _kinds(layout.get("decoder")) | _kinds(layout.get("pre_tokenizer"))
         to_bytes = _of_bytes if "ByteLevel" in steps else _of_characters
-        self._bytes_V = [to_bytes(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+        self._bytes_V = [
+            to_bytes(token or "") for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        ]
         for number, added in tokenizer.added_tokens_decoder.items():
             self._bytes_V[number] = added.content.encode()
-        if self.unknown is not None:
-            self._bytes_V[self.unknown] = None
-        sizes = (-1 if found is None else len(found) for found in self._bytes_V)
-        self._lengths_V = np.fromiter(sizes, np.int32, len(self._bytes_V))
 
     def ends(self, ids: list[int], text: str) -> Ends | None:
         """The byte before which each token of a text ends, (L,); None where the tokens are not the text's own.
@@ -49,31 +47,32 @@ class TokenBytes:
         A token that stands for no byte, such as a space that the tokenizer puts before a text, ends where the one
         before it does.
         """
-        lengths_L = self._lengths_V[ids]
-        if (lengths_L < 0).any():
-            return self._by_offsets(ids, text)
-        whole, written = text.encode(), b"".join([self._bytes_V[token] or b"" for token in ids])
-        ends_L = np.cumsum(lengths_L, dtype=np.int32)
-        if written == whole:
-            return ends_L
-        return np.maximum(ends_L - 1, 0) if written == b" " + whole else None
+        if self.unknown is not None and self.unknown in ids:
+            return self._with_unknown(ids, text)
+        return _ends([self._bytes_V[token] for token in ids], text)
 
-    def _by_offsets(self, ids: list[int], text: str) -> Ends | None:
-        """Of a text with unknown characters: they are where the tokenizer says, the others' bytes are compared."""
+    def _with_unknown(self, ids: list[int], text: str) -> Ends | None:
+        """Of a text with characters that the vocabulary lacks: what those are is where the tokenizer says."""
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if found["input_ids"] != ids:
             return None
-        before = np.cumsum([0, *(len(character.encode()) for character in text)])
-        whole, last, ends = text.encode(), 0, list[int]()
-        for token, (first, end) in zip(ids, found["offset_mapping"], strict=True):
-            start, stop, own = int(before[first]), int(before[end]), self._bytes_V[token]
-            if start < last and stop > start and own is not None:  # some put the space before a word in both
-                start = last
-            if start != last or (own is not None and whole[start:stop] not in (own, own.removeprefix(b" "))):
-                return None
-            last = stop
-            ends.append(stop)
-        return np.array(ends, np.int32) if last == len(whole) else None
+        parts = zip(ids, found["offset_mapping"], strict=True)
+        return _ends(
+            [
+                text[first:end].encode() if token == self.unknown else self._bytes_V[token]
+                for token, (first, end) in parts
+            ],
+            text,
+        )
+
+
+def _ends(parts: list[bytes], text: str) -> Ends | None:
+    """Where tokens of these bytes end in a text; None where they are not the text, but for a space before it."""
+    whole, written = text.encode(), b"".join(parts)
+    ends_L = np.cumsum(np.fromiter(map(len, parts), np.int32, len(parts)), dtype=np.int32)
+    if written == whole:
+        return ends_L
+    return np.maximum(ends_L - 1, 0) if written == b" " + whole else None
 
 
 def _kinds(step: Any) -> set[str]:
@@ -94,11 +93,11 @@ def _byte_signs() -> dict[str, int]:
 SIGNS = _byte_signs()
 
 
-def _of_bytes(token: str) -> bytes | None:
+def _of_bytes(token: str) -> bytes:
     return bytes(SIGNS[sign] for sign in token) if all(sign in SIGNS for sign in token) else token.encode()
 
 
-def _of_characters(token: str) -> bytes | None:
+def _of_characters(token: str) -> bytes:
     """A piece of SentencePiece's kind; <0x0A> is a byte of a character that the vocabulary lacks."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
