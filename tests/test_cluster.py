@@ -43,9 +43,9 @@ def test_actors_that_cannot_fit_are_refused(resources: Resources, asked: dict, w
     ("resources", "settings", "share"),
     [
         (TWO_CPUS, {}, Share(1, 2, 0)),
-        (TWO_CPUS, {"workers": 2}, Share(2, 1, 0)),
+        (TWO_CPUS, {"workers": 2}, Share(1, 1, 0, 2)),
         (TWO_CPUS, {"cpus_per_worker": 1}, Share(1, 1, 0)),
-        (GPU_NODES, {"workers": 4}, Share(4, 8, 1)),
+        (GPU_NODES, {"workers": 4}, Share(1, 8, 1, 4)),
         (GPU_NODES, {"workers": 1}, Share(1, 16, 1)),
     ],
 )

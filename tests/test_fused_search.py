@@ -85,7 +85,7 @@ def test_a_killed_fused_search_goes_on_to_the_same(runs, fused: tuple[Path, dict
 
 
 def test_a_generation_is_shared_by_the_processes_there_are(runs, fused: tuple[Path, dict[str, Any]]):
-    folder, answer = searched(runs, FUSED | {"train.workers": 2})  # of a cluster of two CPUs then
+    folder, answer = searched(runs, FUSED | {"cluster.cpus": 2})
     assert answer["error"] is None
     assert groups(folder) == [[0, 1], [2, 3]]
     same(folder, fused[0])
@@ -100,7 +100,7 @@ def test_a_search_goes_on_where_more_can_run_at_once(runs):
     commits = [n for n, name in enumerate(answer["operations"]) if name == "rename group.json"]
     folder, killed = searched(runs, changes, fault=f"{commits[1] - 1}:kill")
     assert killed == {"exit": -9}
-    assert runs.run(folder, "tune", changes=changes | {"train.workers": 2})["error"] is None
+    assert runs.run(folder, "tune", changes=changes | {"cluster.cpus": 2})["error"] is None
     assert groups(folder) == [[0, 1, 2, 3], [4, 5], [6, 7]]
     same(folder, whole)
 

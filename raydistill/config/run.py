@@ -55,6 +55,12 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     cluster: Annotated[Cluster, Field(json_schema_extra={"speed": True})] = Cluster()
 
+    @property
+    def trial_workers(self) -> int:
+        """How many workers train a trial of the search."""
+        asked = None if self.tune is None else self.tune.workers
+        return self.train.workers if asked is None else asked
+
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_task(cls, tree: Any) -> Any:

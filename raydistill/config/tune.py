@@ -169,6 +169,9 @@ class Tune(Section):
     max_concurrent: int | None = Speed(
         None, ge=1, le=4096, description="processes at once, each with a trial or a fused group; absent: what fits"
     )
+    workers: int | None = Speed(
+        None, ge=1, le=4096, description="of each trial, absent: train.workers; trials of more than one are not fused"
+    )
     log_to: tuple[Literal["wandb", "mlflow"], ...] = Speed(
         (), description="where each trial is logged as a run of its own; keys and addresses come from the environment"
     )

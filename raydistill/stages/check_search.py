@@ -51,6 +51,7 @@ def check_search(config: Config, run: Run, labels: list[str], checks: Checks) ->
                 checks.check_models(made, run, labels)
             checks.check_training(made, teacher, labels)
             _check_trial(made, kept, teacher)
+            _check_batch(trial_config(config, point))
             if config.tune.fused is True:
                 _check_fused(trial_config(config, point, fused=True), teacher)
         except UserError as error:
@@ -64,9 +65,24 @@ def check_search(config: Config, run: Run, labels: list[str], checks: Checks) ->
 
 def _check_fused(config: Config, teacher: Path) -> None:
     """That a trial can be a member of a stack, where tune.fused asks for it."""
+    if config.train.workers > 1:
+        raise UserError(
+            f"tune.fused: true, and trials of {config.train.workers} workers are not fused. Set tune.workers=1, or"
+            " tune.fused=auto"
+        )
     reason = why_not_fused(config, student_shape(config.student, teacher).model_type)
     if reason is not None:
         raise UserError(f"tune.fused: true, and {reason}. Change it, or set tune.fused=auto")
+
+
+def _check_batch(trial: Config) -> None:
+    """That every worker of a trial has a part of each batch: it may have more than the winner's training."""
+    train = trial.train
+    if train.batch_size < train.workers * train.accumulation:
+        raise UserError(
+            f"tune.workers: found {train.workers}, and a batch of {train.batch_size} rows in {train.accumulation}"
+            " micro-batches for each is not enough for so many. Lower it, or raise train.batch_size"
+        )
 
 
 def _check_trial(config: Config, kept: tuple[str, ...], teacher: Any) -> None:

@@ -15,6 +15,8 @@ from raydistill.record.store import LocalStore, Store
 OBJECT_STORE_BYTES = 300_000_000
 # glibc gives a step's larger tensors back to the system and takes them anew, page by page: a tenth of a small step.
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
+# What the driver of a trial of several workers takes in the place of a CPU that these workers would wait for.
+TRIAL_DRIVER = "trial_driver"
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,23 @@ class Resources:
     cpus: int
     gpus: int
     node_cpus: int
+    trial_drivers: int = 0  # trials of several workers that may have their driver there
+    nodes: tuple[tuple[int, int], ...] = ()  # CPUs and GPUs of each
+
+    def room(self, cpus: int, gpus: int) -> int:
+        """How many processes of so much its nodes hold."""
+        nodes = self.nodes or ((self.cpus, self.gpus),)
+        return sum(min(has[0] // cpus, has[1] // gpus if gpus else has[0]) for has in nodes)
 
 
 @dataclass(frozen=True)
 class Share:
-    """How a stage divides a cluster: processes, and what each one takes."""
+    """How a stage divides a cluster: processes, and what each one takes, or each of the workers that it starts."""
 
     processes: int
     cpus: int
     gpus: int
+    workers: int = 1
 
 
 def connect(asked: Cluster, setting: str = "cluster.address") -> Resources:
@@ -55,7 +65,7 @@ def connect(asked: Cluster, setting: str = "cluster.address") -> Resources:
             # Nobody takes this machine away from it: one process less for every training.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, resources={"trial_driver": 100},
+                address="local", num_cpus=cpus, include_dashboard=False, resources={TRIAL_DRIVER: 100},
                 object_store_memory=OBJECT_STORE_BYTES, _node_ip_address="127.0.0.1",
                 runtime_env={"env_vars": _paths() | KEPT_MEMORY}, **options,
             )  # fmt: skip
@@ -64,6 +74,8 @@ def connect(asked: Cluster, setting: str = "cluster.address") -> Resources:
         cpus=int(sum(n.get("CPU", 0) for n in nodes)),
         gpus=int(sum(n.get("GPU", 0) for n in nodes)),
         node_cpus=int(max((n.get("CPU", 0) for n in nodes), default=0)),
+        trial_drivers=int(sum(n.get(TRIAL_DRIVER, 0) for n in nodes)),
+        nodes=tuple((int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes),
     )
 
 
@@ -107,7 +119,7 @@ def share_for_actors(resources: Resources, *, actors: int | None, cpus_per_actor
 
 
 def share_for_training(resources: Resources, settings: Training, setting: str) -> Share:
-    """The training workers. Raises UserError when what was asked for cannot fit; never waits for it."""
+    """The workers of a training. Raises UserError when what was asked for cannot fit; never waits for it."""
     room = resources.gpus or resources.cpus
     if settings.workers > room:
         what = "GPUs" if resources.gpus else "CPUs"
@@ -120,23 +132,42 @@ def share_for_training(resources: Resources, settings: Training, setting: str) -
             f"{setting}.cpus_per_worker: found {cpus} for each of {settings.workers} workers, the cluster has"
             f" {resources.cpus} CPUs, {resources.node_cpus} on its largest node. Lower it"
         )
-    return Share(settings.workers, cpus, 1 if resources.gpus else 0)
+    return Share(1, cpus, 1 if resources.gpus else 0, settings.workers)
 
 
 def share_for_trials(config: Config, resources: Resources) -> Share:
-    """How many trials run at once, and what each takes. Raises UserError when what was asked for cannot fit."""
+    """How many trials run at once, and what each, or each of its workers, takes.
+
+    Raises UserError when what was asked for cannot fit: all that run at once have their workers at once, so that none
+    waits for what another holds.
+    """
     assert config.tune is not None
-    asked = config.tune.max_concurrent
-    cpus = config.train.cpus_per_worker or (max(1, resources.cpus // resources.gpus) if resources.gpus else 1)
+    workers, gpus = config.trial_workers, 1 if resources.gpus else 0
+    cpus = config.train.cpus_per_worker or (max(1, resources.cpus // resources.gpus) if gpus else 1)
     if cpus > resources.node_cpus:
         raise UserError(
             f"train.cpus_per_worker: found {cpus} for a trial, the largest node has {resources.node_cpus}. Lower it"
         )
-    room = min(resources.gpus, resources.cpus // cpus) if resources.gpus else resources.cpus // cpus
+    places = resources.room(cpus, gpus)
+    each = "trial" if workers == 1 else f"of a trial's {workers} workers"
+    what = f"{resources.gpus} GPUs" if gpus else f"{resources.cpus} CPUs at {cpus} for each {each}"
+    if workers > places:
+        setting = "train.workers" if config.tune.workers is None else "tune.workers"
+        raise UserError(
+            f"{setting}: found {workers} for each trial, the cluster has {what}. Set tune.workers to {places} at most"
+        )
+    room = places // workers
+    if workers > 1:
+        if not resources.trial_drivers:
+            raise UserError(
+                f"tune: trials of {workers} workers need the resource {TRIAL_DRIVER}, which no node has. Start one with"
+                f" --resources='{{\"{TRIAL_DRIVER}\": 100}}', or set tune.workers=1"
+            )
+        room = min(room, resources.trial_drivers)
+    asked = config.tune.max_concurrent
     if asked is not None and asked > room:
-        what = f"{resources.gpus} GPUs" if resources.gpus else f"{resources.cpus} CPUs at {cpus} for each trial"
         raise UserError(f"tune.max_concurrent: found {asked}, the cluster has {what}. Set at most {room}")
-    return Share(asked or room, cpus, 1 if resources.gpus else 0)
+    return Share(asked or room, cpus, gpus, workers)
 
 
 def check_precision(resources: Resources, precision: str, setting: str) -> None:
@@ -200,3 +231,26 @@ def beside_driver(kind: type) -> Any:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote: Any = ray.remote(num_cpus=0)(kind)
     return remote.options(scheduling_strategy=here).remote()
+
+
+def remove_orphans() -> None:
+    """Removes the placement groups of this job whose maker has died, and with them what they hold of the cluster.
+
+    Ray keeps such a group until the job ends too. Its makers are the controllers of Ray Train, which die with a trial's
+    process. Ray's own cleaner asks the dashboard, which a local cluster has not. Ray's list of them has no public form
+    that names the maker.
+    """
+    import ray
+    from ray._private.state import state
+    from ray.core.generated import gcs_pb2
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    messages: Any = gcs_pb2  # whose names are made as it is imported
+    job = ray.get_runtime_context().get_job_id()
+    for row in state._connect_and_get_accessor().get_placement_group_table():
+        found = messages.PlacementGroupTableData.FromString(row)
+        removed = found.state == messages.PlacementGroupTableData.REMOVED
+        by_driver = ray.ActorID(found.creator_actor_id).is_nil()  # Ray calls its maker dead too, since it is no actor
+        orphaned = found.creator_actor_dead and not by_driver and found.creator_job_id.hex() == job
+        if orphaned and not removed:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))

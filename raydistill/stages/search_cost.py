@@ -33,6 +33,7 @@ class SearchCost:
     why_alone: str = ""  # where there are no groups
     may_share: bool = False  # whether a group may be cut up for processes that are not known yet
     warning: str = ""
+    workers: int = 1  # of each trial
 
     def lines(self) -> list[str]:
         together = f"fused in groups of up to {self.members} that differ in nothing else, as their points are drawn"
@@ -40,6 +41,8 @@ class SearchCost:
             fused = f"{self.groups:,} fused group{'s' if self.groups > 1 else ''} of up to {self.members}"
             fused += ", or smaller ones where processes would wait" if self.may_share else ""
             together = fused if self.groups else f"each alone: {self.why_alone}"
+        if self.workers > 1:
+            together = f"each by {self.workers} workers"
         line = f"search: {self.trials:,} trials ({together}), {self.steps:,} steps at most; no teacher forward"
         return [line, *([f"search: {self.warning}"] if self.warning else [])]
 
@@ -55,8 +58,9 @@ def search_cost(config: Config, amount: int, teacher_folder: Path) -> SearchCost
     members = min(tune.fused_members, tune.generation)
     may_share = tune.max_concurrent is None and (tune.search == "tpe" or tune.num_trials <= tune.generation)
     return SearchCost(
-        tune.num_trials, tune.num_trials * most, groups, members, why, may_share, early_rung(config, amount)
-    )
+        tune.num_trials, tune.num_trials * most, groups, members, why, may_share, early_rung(config, amount),
+        config.trial_workers,
+    )  # fmt: skip
 
 
 def _epoch_steps(config: Config, train: Train, amount: int) -> int:

@@ -14,9 +14,9 @@ from raydistill.record.fingerprint import Plan
 from raydistill.record.store import open_store
 from raydistill.stages.cluster import (
     Resources,
+    Share,
     check_precision,
     new_mailbox,
-    ray_storage,
     share_for_training,
     worker_environment,
 )
@@ -24,6 +24,7 @@ from raydistill.stages.job import TrainingJob
 from raydistill.stages.loop import run_training
 from raydistill.stages.progress import GRACE_SECONDS, Progress, duration
 from raydistill.stages.training_job import TrainingRequest, training_job, training_plan
+from raydistill.stages.workers import Workers
 
 POLL_SECONDS = 0.2
 STOP_POLL_SECONDS = 0.5
@@ -59,8 +60,7 @@ def begin_training(request: TrainingRequest, progress: Progress) -> tuple[Plan, 
 
 def fit(job: TrainingJob, resources: Resources, progress: Progress) -> None:
     """Runs a training on its share of the cluster to its end. Raises UserError and Interrupted."""
-    share = share_for_training(resources, job.settings, job.section)
-    _fit(job, share.processes, {"CPU": share.cpus, "GPU": share.gpus}, resources, progress)
+    _fit(job, share_for_training(resources, job.settings, job.section), resources, progress)
 
 
 def result(manifest: Manifest) -> str:
@@ -72,44 +72,19 @@ def result(manifest: Manifest) -> str:
     )
 
 
-def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resources, progress: Progress) -> None:
+def _fit(job: TrainingJob, share: Share, resources: Resources, progress: Progress) -> None:
     """Runs the workers to their end and passes on what they post."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     mailbox = new_mailbox()
     scratch = f"{job.folder}/.ray/{uuid.uuid4().hex[:8]}"
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"job": job, "mailbox": mailbox, "threads": each["CPU"]},
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=each["GPU"] > 0, resources_per_worker={k: v for k, v in each.items() if v}
-        ),
-        run_config=RunConfig(
-            name="train",
-            **ray_storage(open_store(job.run_url), scratch),
-            failure_config=FailureConfig(max_failures=job.settings.max_failures, controller_failure_limit=1),
-            worker_runtime_env={"env_vars": worker_environment(resources)},
-        ),
-    )
-    result: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            result["value"] = trainer.fit().return_value
-        except BaseException as error:
-            result["error"] = error
-
-    thread = threading.Thread(target=fit, daemon=True, name="fit")
-    thread.start()
-    progress.say(
-        f"{job.title}: starting {workers} worker{'s' if workers > 1 else ''}, {each['CPU']} CPU each, {job.precision}"
-    )
-    _watch(job, thread, mailbox, progress)
+    workers = Workers(
+        _worker, {"job": job, "mailbox": mailbox}, share, store=open_store(job.run_url), scratch=scratch,
+        environment=worker_environment(resources), max_failures=job.settings.max_failures,
+    )  # fmt: skip
+    several = "s" if share.workers > 1 else ""
+    progress.say(f"{job.title}: starting {share.workers} worker{several}, {share.cpus} CPU each, {job.precision}")
+    _watch(job, workers, mailbox, progress)
     _clear(job, scratch)
-    if "error" in result:
-        raise result["error"]
-    value = result["value"]
+    value = workers.result()
     if "problem" in value:
         raise UserError(value["problem"])
     if value["outcome"] == "stopped":
@@ -118,7 +93,7 @@ def _fit(job: TrainingJob, workers: int, each: dict[str, int], resources: Resour
         raise stop
 
 
-def _watch(job: TrainingJob, thread: threading.Thread, mailbox: Any, progress: Progress) -> None:
+def _watch(job: TrainingJob, workers: Workers, mailbox: Any, progress: Progress) -> None:
     """Shows what the workers post until they end; after a signal asks them to stop and waits a while for it.
 
     Raises UserError for a problem that one worker met while the others wait for it.
@@ -128,12 +103,12 @@ def _watch(job: TrainingJob, thread: threading.Thread, mailbox: Any, progress: P
 
     reader = _Reader(job, progress)
     asked = None
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
+    while workers.at_work:
+        workers.wait(POLL_SECONDS)
         with contextlib.suppress(RayError):
             for update in ray.get(mailbox.take.remote()):
                 if "problem" in update:
-                    thread.join(GRACE_SECONDS)
+                    workers.wait(GRACE_SECONDS)
                     raise UserError(update["problem"])
                 reader.show(update)
         if progress.stopping and asked is None:
@@ -189,7 +164,7 @@ def _worker(settings: dict[str, Any]) -> dict[str, Any]:
     job, mailbox = settings["job"], settings["mailbox"]
     try:
         if torch.distributed.get_rank() == 0:
-            return run_training(job, post=mailbox.post.remote, stopped=_stop_request(mailbox).is_set)
+            return run_training(job, post=mailbox.post.remote, stopped=stop_request(mailbox).is_set)
         return run_training(job, post=lambda update: None, stopped=lambda: False)
     except UserError as error:
         return _given_up(error, mailbox)
@@ -207,7 +182,7 @@ def _given_up(problem: UserError, mailbox: Any) -> dict[str, Any]:
     return {"problem": str(problem)}
 
 
-def _stop_request(mailbox: Any) -> threading.Event:
+def stop_request(mailbox: Any) -> threading.Event:
     """An event that is set once the driver asks for a stop; a thread looks for it, so that no step waits."""
     import ray
     from ray.exceptions import RayError

@@ -5,7 +5,7 @@ A trial is a training with a folder of its own, so that it goes on from its last
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from raydistill.stages.cluster import Resources
 from raydistill.stages.curves import read_curves
 from raydistill.stages.job import TrainingJob
 from raydistill.stages.loop import TrainingRank
+from raydistill.stages.ranks import from_rank_zero, rank_and_world
 from raydistill.stages.search_rows import rows_plan
 from raydistill.stages.training_job import TrainingRequest, training_job, training_plan
 
@@ -43,16 +44,17 @@ def trial_folder(name: str) -> str:
 
 
 def trial_config(config: Config, point: Point, *, fused: bool = False) -> Config:
-    """The run's settings with the point's, as a trial trains with them: in one process, to its end.
+    """The run's settings with the point's, as a trial trains with them: to its end, by its own number of workers.
 
-    Neither one worker nor its micro-batches, which are as large as those of many, change the numbers. A member of a
-    fused group takes the batches of a worker whole.
+    One worker is a process without DeepSpeed. Neither that nor its micro-batches, which are as large as those of many,
+    change the numbers. A member of a fused group takes the batches of a worker whole.
     """
-    config = with_point(config, point)
-    workers = 1 if fused else config.train.workers
-    alone = {"workers": 1, "accumulation": config.train.accumulation * workers, "deepspeed": DeepSpeed()}
-    often = {"validate_every": None, "patience": None, "checkpoint_every": None}
-    return config.model_copy(update={"train": config.train.model_copy(update=alone | often)})
+    workers, config = config.trial_workers, with_point(config, point)
+    own: dict[str, Any] = {"workers": workers, "validate_every": None, "patience": None, "checkpoint_every": None}
+    if workers == 1:
+        micro_batches = config.train.accumulation * (1 if fused else config.train.workers)
+        own |= {"accumulation": micro_batches, "deepspeed": DeepSpeed()}
+    return config.model_copy(update={"train": config.train.model_copy(update=own)})
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Work:
     kept: tuple[int, ...]
     group: str = ""  # the folder of a group's checkpoints, which are the fingerprint's
     fingerprint: str = ""
+
+    @property
+    def workers(self) -> int:
+        """That train it; one is the process itself."""
+        return 1 if self.group else next(iter(self.jobs.values())).settings.workers
 
 
 @dataclass(frozen=True)
@@ -115,10 +122,11 @@ class Trials:
 
 
 class TrialTraining:
-    """A trial under way, in a process of its own. `step` trains an epoch."""
+    """A trial under way, in a process of its own or on one rank of several. `step` trains an epoch."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, stopped: Callable[[], bool] = lambda: False) -> None:
         ((self._number, self._job),) = work.jobs.items()
+        self._stopped = stopped
         self._rank: TrainingRank | None = None
         self._curve: list[dict[str, float]] = []
         self._is_new = True
@@ -126,19 +134,17 @@ class TrialTraining:
     def step(self) -> list[Outcome]:
         """The trial after one more epoch, or first of all where it stands, if it goes on after a stop."""
         try:
-            self._train()
+            return [self.advance()]
         except Exception as error:  # whatever it is, it is this trial's: a row of the table, with its reason
-            if isinstance(error, OSError) and (problem := storage_problem(error)) is not None:
-                return [self._outcome(problem=str(problem))]
-            return [self._outcome(failed=reason_of(error, self._job.title))]
-        return [self._outcome()]
+            return [self.given_up(error)]
 
     def keep(self, numbers: Sequence[int]) -> None:
         """Those that go on: this one, as long as the process has it."""
 
-    def _train(self) -> None:
+    def advance(self) -> Outcome:
+        """What `step` does; raises what keeps the trial from it."""
         if self._rank is None:
-            self._rank = TrainingRank(self._job, lambda update: None, lambda: False)
+            self._rank = TrainingRank(self._job, lambda update: None, self._stopped)
             self._validations = self._rank.validations()
             self._curve = committed_curve(open_store(self._job.run_url), self._job.folder, self._rank.state.step)
         if not (self._is_new and self._curve):
@@ -146,6 +152,13 @@ class TrialTraining:
             if values is not None:
                 self._curve.append(rounded(values))
         self._is_new = False
+        return self._outcome()
+
+    def given_up(self, error: Exception) -> Outcome:
+        """The trial that an error ended, or all of them."""
+        if isinstance(error, OSError) and (problem := storage_problem(error)) is not None:
+            return self._outcome(problem=str(problem))
+        return self._outcome(failed=reason_of(error, self._job.title))
 
     def _outcome(self, **told: str) -> Outcome:
         state, began = (self._rank.state, self._rank.first_step_at) if self._rank is not None else (State(), None)
@@ -159,6 +172,33 @@ class TrialTraining:
                 self._rank.curves = None
             self._rank.close()
             self._rank = None
+
+
+def follow(
+    work: Work, *, report: Callable[[Outcome], None], goes_on: Callable[[int], bool], stopped: Callable[[], bool]
+) -> None:
+    """One rank of a trial of several workers: trains it epoch by epoch, for as long as it is to go on.
+
+    Collective. Rank 0 reports every epoch and is told whether the trial goes on to another number of them; `stopped`
+    ends it within one. What the user must mend is reported by the rank that meets it, since others may wait for it in
+    a collective, and raised; all else is raised alone, as a worker that is lost.
+    """
+    training, rank = TrialTraining(work, stopped), rank_and_world()[0]
+    try:
+        wanted = True
+        while wanted:
+            outcome = training.advance()
+            if rank == 0:
+                report(outcome)
+                wanted = goes_on(len(outcome.curve) + 1)
+            wanted = from_rank_zero(wanted)
+    except Exception as error:
+        outcome = training.given_up(error)
+        if outcome.problem or isinstance(error, UserError):
+            report(outcome)
+        raise
+    finally:
+        training.close()
 
 
 def reason_of(error: Exception, title: str = "") -> str:

@@ -1,5 +1,5 @@
 """Trials on Ray Tune: a process for each, or for each fused group, which stays for the next. Tune places them, `Search`
-decides.
+decides. The process of a trial of several workers is their driver (`trial_workers.py`).
 
 Tune's own state is not used to go on after a stop: everything that counts stands committed in the trials' folders.
 """
@@ -13,12 +13,21 @@ import uuid
 from typing import Any, ClassVar
 
 from raydistill.errors import Interrupted, UserError
-from raydistill.record.store import Store
-from raydistill.stages.cluster import Resources, Share, beside_driver, ray_storage, share_for_trials
+from raydistill.stages.cluster import (
+    TRIAL_DRIVER,
+    Resources,
+    Share,
+    beside_driver,
+    ray_storage,
+    remove_orphans,
+    share_for_trials,
+    worker_environment,
+)
 from raydistill.stages.group_training import training_of
 from raydistill.stages.progress import GRACE_SECONDS, Progress
 from raydistill.stages.search import Search
 from raydistill.stages.trial import Trials, Work
+from raydistill.stages.trial_workers import SCRATCH, WorkersTraining
 
 POLL_SECONDS = 0.2
 MANY = 1_000_000  # runs that Tune may start; the search says when it is over
@@ -28,32 +37,41 @@ def run_trials(search: Search, trials: Trials, resources: Resources, progress: P
     """Trains trials until the search is over or its time is. Raises UserError and Interrupted."""
     share = share_for_trials(trials.config, resources)
     store = trials.run.store
-    scratch = f"tune/.ray/{uuid.uuid4().hex[:8]}"
+    scratch = f"{SCRATCH}/{uuid.uuid4().hex[:8]}"
     result: dict[str, Any] = {}
 
     def fit() -> None:
         try:
-            _tuner(search, trials, share, store, scratch, progress).fit()
+            _tuner(search, trials, share, scratch, progress).fit()
         except BaseException as error:
             result["error"] = error
 
     thread = threading.Thread(target=fit, daemon=True, name="tune")
     thread.start()
-    progress.say(f"tune: starting up to {share.processes} processes, {share.cpus} CPU each")
+    progress.say(f"tune: starting up to {_in_words(share)}")
     asked = None
     while thread.is_alive():
         thread.join(POLL_SECONDS)
+        if share.workers > 1:
+            remove_orphans()
         asked = asked or (time.monotonic() if progress.stopping else None)
         if asked is not None and time.monotonic() - asked > GRACE_SECONDS:
             raise Interrupted(progress.signal)
     Live.held.clear()
-    if store.exists("tune/.ray"):
-        store.remove("tune/.ray")
+    if store.exists(SCRATCH):
+        store.remove(SCRATCH)
     if "error" in result:
         raise result["error"]
     if search.problem:
         raise UserError(search.problem)
     progress.check()
+
+
+def _in_words(share: Share) -> str:
+    if share.workers == 1:
+        return f"{share.processes} processes, {share.cpus} CPU each"
+    several = "s" if share.processes > 1 else ""
+    return f"{share.processes} trial{several} of {share.workers} workers, {share.cpus} CPU each"
 
 
 class Live:
@@ -105,9 +123,7 @@ class Board:
         self._kept.pop(name, None)
 
 
-def _tuner(
-    search: Search, trials: Trials, share: Share, store: Store, scratch: str, progress: Progress
-) -> Any:  # fmt: skip
+def _tuner(search: Search, trials: Trials, share: Share, scratch: str, progress: Progress) -> Any:
     """The Tuner that runs the search's trials."""
     from ray import tune
 
@@ -116,6 +132,8 @@ def _tuner(
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     live = Live(search, trials, progress, beside_driver(Board), share.processes)
     wants: dict[str, float] = {name: count for name, count in (("CPU", share.cpus), ("GPU", share.gpus)) if count}
+    if share.workers > 1:  # these are its workers', which a driver that held a CPU would keep waiting
+        wants = {"CPU": 0, TRIAL_DRIVER: 1}
 
     class Stop(tune.Stopper):
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -125,13 +143,13 @@ def _tuner(
             return live.has_ended
 
     return tune.Tuner(
-        tune.with_resources(_trainable(live.board, share.cpus), wants),
+        tune.with_resources(_trainable(live.board, share, worker_environment(trials.resources)), wants),
         tune_config=tune.TuneConfig(
             search_alg=_searcher(live), scheduler=_scheduler(live),
             num_samples=MANY, reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name="tune", verbose=0, stop=Stop(), callbacks=[_silence()], **ray_storage(store, scratch)
+            name="tune", verbose=0, stop=Stop(), callbacks=[_silence()], **ray_storage(trials.run.store, scratch)
         ),
     )  # fmt: skip
 
@@ -147,7 +165,7 @@ def _silence() -> Any:
     return Silence()
 
 
-def _trainable(board: Any, threads: int) -> Any:
+def _trainable(board: Any, share: Share, environment: dict[str, str]) -> Any:
     from ray import tune
 
     class TrialActor(tune.Trainable):
@@ -156,7 +174,7 @@ def _trainable(board: Any, threads: int) -> Any:
         def setup(self, config: dict[str, Any]) -> None:
             import torch
 
-            torch.set_num_threads(threads)
+            torch.set_num_threads(share.cpus)
             self._begin(config)
 
         def _begin(self, config: dict[str, Any]) -> None:
@@ -165,7 +183,8 @@ def _trainable(board: Any, threads: int) -> Any:
             self._name = config["work"]
             work: Any = ray.get(board.get.remote(self._name))
             self._is_group = bool(work.group)
-            self._training = training_of(work)
+            several = work.workers > 1
+            self._training = WorkersTraining(work, share, environment) if several else training_of(work)
 
         def step(self) -> dict[str, Any]:
             import ray

@@ -56,8 +56,9 @@ from raydistill.stages.language import evaluate as language_evaluate
 from raydistill.stages.latency import Load, measure
 from raydistill.stages.loop import run_training
 from raydistill.stages.progress import Progress
+from raydistill.stages.ranks import from_rank_zero
 from raydistill.stages.search import Search
-from raydistill.stages.trial import Trials
+from raydistill.stages.trial import Outcome, Trials, follow
 
 # What a run imports on its way, so that no child has to.
 LATE_IMPORTS = (
@@ -168,7 +169,8 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
 
     @contextlib.contextmanager
     def cluster(config: Config, stages: tuple[str, ...]) -> Iterator[Resources]:
-        yield Resources(cpus=config.train.workers, gpus=0, node_cpus=config.train.workers)
+        cpus = config.cluster.cpus or config.train.workers
+        yield Resources(cpus=cpus, gpus=0, node_cpus=cpus, trial_drivers=1)
 
     def map_shards(jobs: Any, tasks: list[dict[str, Any]], share: Any, progress: Progress) -> Iterator[dict[str, Any]]:
         actor = scoring.ScoringActor(jobs, 1)
@@ -178,7 +180,7 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
 
     def fit(job: TrainingJob, *_: Any) -> None:
         if job.settings.workers > 1:
-            return fit_ranks(job, record)
+            return in_ranks(job.settings.workers, lambda rank: fit_rank(job, record if rank == 0 else Record()))
         if request.get("plain"):
             run_training(job, post=record.posts.append, stopped=lambda: False)
             return None
@@ -192,6 +194,8 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
         return {"cpu": measure(sources, ["my card was charged twice"] * 4, load, "cpu")}
 
     def run_trials(search: Search, trials: Trials, *_: Any) -> None:
+        if (workers := trials.config.trial_workers) > 1:
+            return in_ranks(workers, lambda rank: search_rank(search, record, rank))
         while (work := search.next()) is not None:
             search.start(work.kept)
             training = group_training.training_of(work)
@@ -205,6 +209,7 @@ def run_stages(request: dict[str, Any], record: Record) -> None:
             search.leave(work.kept)
         if search.problem:
             raise UserError(search.problem)
+        return None
 
     def on_a_node(function: Any, resources: Any, progress: Any, *arguments: Any, **options: Any) -> Any:
         return function(*arguments, **options)
@@ -241,27 +246,50 @@ def refuse(pattern: str) -> None:
         setattr(store.LocalStore, name, refusing(getattr(store.LocalStore, name)))
 
 
-def fit_ranks(job: TrainingJob, record: Record) -> None:
-    """A run's one training, in as many ranks as it has workers: this process is rank 0, the others are forked here."""
-    world, others = job.settings.workers, []
+def in_ranks(world: int, action: Callable[[int], None]) -> None:
+    """Does something as so many ranks of a process group: this process is rank 0, the others are forked here."""
+    others: list[int] = []
     with tempfile.TemporaryDirectory() as meeting:
 
-        def train(rank: int, post: Callable[[dict[str, Any]], None]) -> None:
+        def act(rank: int) -> None:
             dist.init_process_group("gloo", init_method=f"file://{meeting}/file", rank=rank, world_size=world)
-            run_training(job, post=post, stopped=lambda: False)
+            action(rank)
             dist.destroy_process_group()
 
         for rank in range(1, world):
             others.append(os.fork())
             if others[-1] == 0:
                 try:
-                    train(rank, lambda update: None)
+                    act(rank)
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)
                 os._exit(0)
-        train(0, record.posts.append)
+        act(0)
         assert not any(os.waitpid(other, 0)[1] for other in others), "another rank failed"
+
+
+def fit_rank(job: TrainingJob, record: Record) -> None:
+    run_training(job, post=record.posts.append, stopped=lambda: False)
+
+
+def search_rank(search: Search, record: Record, rank: int) -> None:
+    """One of the ranks that train a search's trials, all of them one after the other; rank 0 asks the search."""
+
+    kept: list[int] = []
+
+    def report(outcome: Outcome) -> None:
+        if rank == 0:
+            record.posts.append({"trial": outcome.number, "epochs": len(outcome.curve)})
+            kept[:] = search.update([outcome])
+
+    while (work := from_rank_zero(search.next() if rank == 0 else None)) is not None:
+        if rank == 0:
+            search.start(work.kept)
+        with contextlib.suppress(UserError):  # which was reported
+            follow(work, report=report, goes_on=lambda epochs: bool(kept), stopped=lambda: False)
+        if rank == 0:
+            search.leave(work.kept)
 
 
 def train_fused(request: dict[str, Any], record: Record) -> None:
