@@ -47,7 +47,8 @@ from raydistill.stages.progress import Progress
 from raydistill.stages.search import Search
 from raydistill.stages.search_rows import draw_rows
 from raydistill.stages.teachers import teacher_source
-from raydistill.stages.trial import Trials, TrialTraining, Work
+from raydistill.stages.trial import Trials, Work
+from raydistill.stages.trial_training import TrialTraining
 from raydistill.stages.validation import validation_metrics
 
 ONE = Resources(cpus=1, gpus=0, node_cpus=1)
@@ -162,7 +163,7 @@ def on_test(training: TrialTraining | GroupTraining, test: Split) -> dict[int, d
         found = training._group.metrics(test)
         return {number: found[name] for number, name in training._names.items() if name in found}
     assert training._rank is not None
-    classes = len(training._job.labels)
+    classes = len(training._jobs[0].labels)
     return {training._number: validation_metrics(training._rank.engine, test, classes=classes)}
 
 

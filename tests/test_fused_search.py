@@ -319,7 +319,7 @@ def test_the_line_of_plan_says_how_trials_are_trained(tune: dict[str, Any], chan
         ({"scheduler": "none"}, {}, ""),
         (
             {"space": {"train.warmup": {"uniform": [0.0, 0.3]}}, "grace_epochs": 1}, {},
-            "after 2 steps of a trial, 6 of them warm-up",
+            "after 2 steps of a trial, 2 of them warm-up",
         ),
         ({}, {"epochs": 2, "warmup": 0.5}, "after 2 steps of a trial, 2 of them warm-up"),
     ],

@@ -390,14 +390,9 @@ def test_a_search_goes_on_after_a_node_is_killed(runs, halved: tuple[Path, dict[
     ("changes", "part"),
     [
         ({"train.loss.features": [{"kind": "hidden_mse"}]}, "the teacher would run in every trial. Set"),
-        ({"train.stages": [{"name": "one"}]}, "train.stages: a search tries trainings of one stage"),
         (
             {"tune.space": {"student.layers": {"choice": [[0], [5]]}}, "student": {"init": "teacher_layers"}},
             "tune.space: student.layers=[5]: student.layers: found 5",
-        ),
-        (
-            {"tune.space": {"train.stages": {"choice": [[{"name": "one"}], [{"name": "one"}, {"name": "two"}]]}}},
-            "train.stages: a search tries trainings of one stage. Remove them, or the section tune",
         ),
         ({"train.precision": "fp16"}, "train.precision: found fp16; trials are trained in bf16 or fp32"),
         ({"tune.max_concurrent": 3}, "tune.max_concurrent: found 3, the cluster has 1 CPUs at 1 for each trial"),

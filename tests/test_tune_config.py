@@ -177,7 +177,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("a setting of another scheduler", {"space": SPACE, "trials": 5, "keep": 2},
      "keep means nothing with scheduler: asha"),
     ("no epoch to stop at", {"space": SPACE, "trials": 5, "grace_epochs": 10},
-     "tune.grace_epochs: found 10, a trial has train.epochs 10"),
+     "tune.grace_epochs: found 10, a trial has 10 epochs"),
     ("KL as the metric", {"space": SPACE, "trials": 5, "metric": "kl"}, "tune.metric: found 'kl'"),
     ("micro F1 of one label", {"space": SPACE, "trials": 5, "metric": "micro_f1"}, "tune.metric: micro_f1 is accuracy"),
     ("no rows", {"space": SPACE, "trials": 5, "data_fraction": 0}, "tune.data_fraction: found 0"),

@@ -37,10 +37,17 @@ def with_point(config: Config, point: Point) -> Config:
             place[int(key)] = value
         else:
             place[key] = value
-    loss = tree["train"]["loss"]
-    if isinstance(loss, dict) and not loss.get("features"):
-        loss.pop("features_from", None)
+    for part in _parts_of_train(tree["train"]):
+        loss = part.get("loss")
+        if isinstance(loss, dict) and not loss.get("features"):
+            loss.pop("features_from", None)
     return Config.model_validate(tree)
+
+
+def _parts_of_train(train: dict[str, Any]) -> list[dict[str, Any]]:
+    """The section and its stages, as far as they are sections."""
+    stages = train.get("stages")
+    return [part for part in (train, *(stages if isinstance(stages, list | tuple) else ())) if isinstance(part, dict)]
 
 
 def _inside(place: Any, section: str, name: str) -> Any:
@@ -75,17 +82,18 @@ def check_space(config: Config, lines: dict[Path_, str], source: str) -> None:
         except ValueError as error:
             name, _, problem = str(error).partition(": ")
             raise _wrong(name, problem, lines, source) from None
-        epochs, grace = made.train.epochs, config.tune.first_rung
+        epochs, grace = made.train.all_epochs, config.tune.first_rung
         if grace >= epochs and config.tune.scheduler in ("asha", "screen"):
             where = place_of(("tune", "grace_epochs"), lines, source)
             raise UserError(
-                f"{where}: tune.grace_epochs: found {grace}, a trial has train.epochs {epochs}, so that none could be"
+                f"{where}: tune.grace_epochs: found {grace}, a trial has {epochs} epochs, so that none could be"
                 " stopped. Lower it, or set tune.scheduler=none"
             )
 
 
 def with_first_rung(config: Config) -> Config:
-    """The config with `tune.grace_epochs`, where it is absent: the first epoch by which half the steps were no warm-up.
+    """The config with `tune.grace_epochs`, where it is absent: the first epoch by which half the steps were no warm-up,
+    the first stage's.
 
     Before that trials hardly differ, or those of a high learning rate lead that are last in the end. A shorter training
     has its first rung before its last epoch.
@@ -94,8 +102,9 @@ def with_first_rung(config: Config) -> Config:
     if tune is None or tune.grace_epochs is not None or tune.scheduler == "none":
         return config
     trains = [with_point(config, point).train for point in corners(tune.space)]
-    wanted = max(math.ceil(round(2 * train.warmup * train.epochs, 9)) for train in trains)
-    grace = max(1, min(wanted, min(train.epochs for train in trains) - 1))
+    begins = [train.trainings[0] for train in trains]
+    wanted = max(math.ceil(round(2 * train.warmup * train.epochs, 9)) for train in begins)
+    grace = max(1, min(wanted, min(train.all_epochs for train in trains) - 1))
     return config.model_copy(update={"tune": tune.model_copy(update={"grace_epochs": grace})})
 
 

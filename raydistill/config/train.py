@@ -137,8 +137,17 @@ class Train(Training):
     @property
     def unfreezes(self) -> bool:
         """Whether any stage begins with a part of the student frozen."""
-        stages = (self,) if self.stages is None else map(self.of_stage, range(len(self.stages)))
-        return any(stage.unfreeze for stage in stages)
+        return any(stage.unfreeze for stage in self.trainings)
+
+    @property
+    def trainings(self) -> tuple[Train, ...]:
+        """The settings of the trainings that follow each other: of every stage, or these."""
+        return (self,) if self.stages is None else tuple(map(self.of_stage, range(len(self.stages))))
+
+    @property
+    def all_epochs(self) -> int:
+        """Of every stage together."""
+        return sum(training.epochs for training in self.trainings)
 
     @property
     def caches_features(self) -> bool:

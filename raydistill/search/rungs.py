@@ -64,8 +64,9 @@ def generation_end(tune: Tune, number: int) -> int:
 
 
 def _epochs_without_gain(trial: Trial, metric: str) -> int:
-    values = trial.values(metric)
-    return len(values) - 1 - values.index(max(values))
+    """In its last stage: a stage begins with settings of its own, and may gain where the one before no longer did."""
+    values = trial.values(metric)[trial.epochs_before :]
+    return len(values) - 1 - values.index(max(values)) if values else 0
 
 
 def _place(trial: Trial, others: Sequence[Trial], metric: str, epoch: int) -> int:

@@ -25,6 +25,7 @@ class Trial:
     steps: int = 0
     seconds: float = 0.0
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])  # start_seconds: until a process's first step
+    epochs_before: int = 0  # of the stages before its last one, none of whose students it can stand for
 
     @property
     def has_ended(self) -> bool:
@@ -49,11 +50,15 @@ class Trial:
         return self.value(metric, epoch), self.value("nll", epoch), -self.number
 
     def chosen_epoch(self, metric: str, choose: str) -> int | None:
-        """The epoch whose student the trial stands for, as `train.choose` says: the first best, or the last."""
-        values = self.values(metric)
+        """The epoch whose student the trial stands for, as `train.choose` says: the first best, or the last.
+
+        Of stages that is one of the last stage, as far as the trial came.
+        """
+        before = self.epochs_before if len(self.curve) > self.epochs_before else 0
+        values = self.values(metric)[before:]
         if not values:
             return None
-        return len(values) if choose == "last" else values.index(max(values)) + 1
+        return before + (len(values) if choose == "last" else values.index(max(values)) + 1)
 
     def record(self) -> dict[str, Any]:
         """All of it as JSON types."""

@@ -19,6 +19,7 @@ from raydistill.stages.cluster import Resources, share_for_trials
 from raydistill.stages.feature_cache import needed_features
 from raydistill.stages.fusable import why_not_fused, why_not_together
 from raydistill.stages.search_cost import count_groups
+from raydistill.stages.training_stages import training_stages
 from raydistill.stages.trial import trial_config
 from raydistill.stages.tune import check_count, tune_plan
 from raydistill.students.build import student_shape
@@ -78,24 +79,35 @@ def _check_fused(config: Config, teacher: Path) -> None:
 def _check_batch(trial: Config) -> None:
     """That every worker of a trial has a part of each batch: it may have more than the winner's training."""
     train = trial.train
-    if train.batch_size < train.workers * train.accumulation:
+    smallest = min((stage.batch_size or train.batch_size for stage in train.stages or ()), default=train.batch_size)
+    if smallest < train.workers * train.accumulation:
         raise UserError(
-            f"tune.workers: found {train.workers}, and a batch of {train.batch_size} rows in {train.accumulation}"
+            f"tune.workers: found {train.workers}, and a batch of {smallest} rows in {train.accumulation}"
             " micro-batches for each is not enough for so many. Lower it, or raise train.batch_size"
         )
 
 
 def _check_trial(config: Config, kept: tuple[str, ...], teacher: Any) -> None:
     """What holds for trials alone."""
-    if config.train.stages is not None:
-        raise UserError("train.stages: a search tries trainings of one stage. Remove them, or the section tune")
     if config.train.precision == "fp16":
         raise UserError("train.precision: found fp16; trials are trained in bf16 or fp32. Use one of them, or auto")
-    loss = config.train.loss
-    if loss.features and loss.features_from != "cache":
+    stages = training_stages("student", config)
+    for stage in stages:
+        loss = stage.settings.loss
+        if stage.own_teacher:
+            raise UserError(
+                f"{stage.section}.teacher: previous, and a student of every trial would score all rows, where the"
+                " teacher of a search has done so once. Remove it, or the section tune"
+            )
+        if loss.features and loss.features_from != "cache":
+            raise UserError(
+                f"{stage.loss_section}.features: the teacher would run in every trial. Set {stage.loss_section}"
+                ".features_from=cache, and name in train.loss.features all that trials need"
+            )
+    if (chosen := stages[-1].settings.choose) != config.train.choose:
         raise UserError(
-            "train.loss.features: the teacher would run in every trial. Set train.loss.features_from=cache, and name in"
-            " train.loss.features all that trials need"
+            f"{stages[-1].section}.choose: found {chosen}, and a search chooses by train.choose, which is"
+            f" {config.train.choose}. Set that, and leave this one out"
         )
     missing = [name for name in needed_features(config, teacher) if serving(name, kept) is None]
     if missing:

@@ -1,4 +1,4 @@
-"""A fused group of trials under way, an epoch at a time, as `stages/trial.py` has a trial alone. It knows no Ray."""
+"""A fused group of trials under way, an epoch at a time, as `trial_training.py` has a trial alone. It knows no Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from raydistill.errors import storage_problem
 from raydistill.stages.fused import FusedGroup
-from raydistill.stages.trial import Outcome, TrialTraining, Work, reason_of, rounded
+from raydistill.stages.trial import Outcome, Work
+from raydistill.stages.trial_standing import rounded
+from raydistill.stages.trial_training import TrialTraining, reason_of
 
 
 class GroupTraining:

@@ -103,7 +103,7 @@ class TrainingRank:
         if self.has_stopped:
             return {"outcome": "stopped", "step": self.state.step}
         if self.rank == 0:
-            self._publish()
+            self.publish()
         return {"outcome": "done", "step": self.state.step}
 
     def validations(self) -> Iterator[dict[str, float]]:
@@ -224,7 +224,7 @@ class TrainingRank:
         all_reduce(wish)
         return bool(wish.item())
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         """Writes the checkpoint that was asked for, the best or the last one, as a Hugging Face folder."""
         step, value = self.state.best_step, self.state.best_value
         if self.settings.choose == "last":

@@ -20,16 +20,8 @@ from raydistill.search.points import next_points
 from raydistill.search.rungs import Decision, decide
 from raydistill.search.trials import Trial, trial_of
 from raydistill.stages.search_groups import Groups
-from raydistill.stages.trial import (
-    Outcome,
-    Trials,
-    Work,
-    rounded,
-    standing_curve,
-    trial_config,
-    trial_folder,
-    trial_name,
-)
+from raydistill.stages.trial import STAGES, Outcome, Trials, Work, trial_folder, trial_name
+from raydistill.stages.trial_standing import rounded
 
 CURVES = "metrics.jsonl"
 
@@ -187,10 +179,7 @@ class Search:
             return False
         points = next_points(self.tune, self.trials) or []
         first = len(self.trials)
-        batch = [
-            Trial(n, point, trial_config(self._made_of.config, point).train.epochs)
-            for n, point in enumerate(points, first)
-        ]
+        batch = [self._made_of.new(number, point) for number, point in enumerate(points, first)]
         self.groups.form(batch)
         self.trials += batch
         for trial in batch:
@@ -208,34 +197,41 @@ class Search:
         except UserError:  # a damaged record: the trial is trained again
             manifest = None
         if manifest is not None:
-            return trial_of(manifest.facts["trial"])
+            return trial_of({**manifest.facts["trial"], "epochs_before": trial.epochs_before})
         if (group := self.groups.of(trial.number)) is not None:
             state, name = self.groups.standing(group, self.trials), trial_name(trial.number, trial.point)
             curve = tuple(rounded(values) for values in state.history.get(name, []))
             steps, seconds = state.steps_of.get(name, 0), state.seconds_of.get(name, 0.0)
             return replace(trial, curve=curve, steps=steps, seconds=round(seconds, 2))
-        curve, state = standing_curve(self._store, folder, self._made_of.plan(trial.point).fingerprint)
-        return replace(trial, curve=tuple(curve), steps=state.step, seconds=round(state.seconds, 2))
+        found = self._made_of.standing(trial.number, trial.point)
+        return replace(trial, curve=found.curve, steps=found.steps, seconds=round(found.seconds, 2))
 
     def _end(self, trial: Trial, status: Literal["finished", "stopped", "failed"], reason: str) -> None:
         """Commits the record of a trial, then clears its checkpoints away: nothing goes on from them."""
         trial = replace(trial, status=status, reason=reason)
         self.trials[trial.number] = trial
         folder = _folder(trial)
-        entries: list[Entry] = []
-        if self._store.exists(f"{folder}/{CURVES}"):
-            name = f"{folder}/{CURVES}"
-            entries.append(Entry(CURVES, self._store.sha256(name), self._store.size(name)))
+        names = (f"{place}/{CURVES}" for place in self._places(trial))
+        entries = [
+            Entry(name.removeprefix(f"{folder}/"), self._store.sha256(name), self._store.size(name))
+            for name in names
+            if self._store.exists(name)
+        ]
         fingerprint = self._made_of.plan(trial.point).fingerprint
         commit_manifest(self._store, folder, fingerprint, entries, {"trial": trial.record()})
         self._clear(trial)
         self._told(trial)
 
+    def _places(self, trial: Trial) -> list[str]:
+        """The folders of a trial's training, or of its stages."""
+        return [_folder(trial), *sorted(self._store.folders(f"{_folder(trial)}/{STAGES}"))]
+
     def _clear(self, trial: Trial) -> None:
         """Removes what an ended trial no longer needs, and its group's checkpoints with the last of its members."""
-        for name in ("checkpoints", "start"):
-            if self._store.exists(f"{_folder(trial)}/{name}"):
-                self._store.remove(f"{_folder(trial)}/{name}")
+        for place in self._places(trial):
+            for name in ("checkpoints", "start", "model"):
+                if self._store.exists(f"{place}/{name}"):
+                    self._store.remove(f"{place}/{name}")
         group = self.groups.of(trial.number)
         if group is not None and all(self.trials[number].has_ended for number in group.members):
             self.groups.clear(group)

@@ -52,7 +52,7 @@ def search_cost(config: Config, amount: int, teacher_folder: Path) -> SearchCost
     tune = config.tune
     assert tune is not None
     trials = [with_point(config, point).train for point in corners(tune.space)]
-    most = max(train.epochs * _epoch_steps(config, train, amount) for train in trials)
+    most = max(sum(one.epochs * _epoch_steps(config, one, amount) for one in train.trainings) for train in trials)
     groups = count_groups(config, teacher_folder)
     why = "" if groups != 0 else _why_alone(config, teacher_folder)
     members = min(tune.fused_members, tune.generation)
@@ -90,8 +90,11 @@ def early_rung(config: Config, amount: int) -> str:
     if tune.scheduler == "none":
         return ""
     for train in (with_point(config, point).train for point in corners(tune.space)):
-        each = _epoch_steps(config, train, amount)
-        taken, warm = tune.first_rung * each, int(train.epochs * each * train.warmup)
+        taken, warm, left = 0, 0, tune.first_rung
+        for one in train.trainings:
+            each, epochs = _epoch_steps(config, one, amount), min(left, one.epochs)
+            taken, left = taken + epochs * each, left - epochs
+            warm += min(epochs * each, int(one.epochs * each * one.warmup))
         if taken < 2 * warm:
             return (
                 f"{tune.scheduler} first decides after {taken:,} steps of a trial, {warm:,} of them warm-up, when"

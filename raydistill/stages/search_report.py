@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raydistill.config.points import with_point
 from raydistill.config.run import Config
 from raydistill.config.tune import Dimension
 from raydistill.record.run import Run
@@ -46,7 +47,8 @@ def search_facts(config: Config, run: Run, trials: Sequence[Trial], found: Mappi
 
 def _full_steps(config: Config, run: Run, trial: Trial) -> int:
     """The steps of a trial that is not stopped."""
-    return trial.epochs * epoch_steps(config, run, trial.point.get("train.batch_size", config.train.batch_size))
+    trainings = with_point(config, trial.point).train.trainings
+    return sum(one.epochs * epoch_steps(config, run, one.batch_size) for one in trainings)
 
 
 def _shown(trial: Trial, metric: str, choose: str) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""One trial of a search: a student's training on the share of the rows, an epoch at a time. It knows no Ray.
+"""The trials of a search: what each is made of, what a process is sent of it, and what it says. It knows no Ray.
 
-A trial is a training with a folder of its own, so that it goes on from its last checkpoint after any stop.
+A trial is a training with a folder of its own, so that it goes on from its last checkpoint after any stop. One with
+stages (`train.stages`) has a folder for each, and its epochs are theirs in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,23 +14,20 @@ from raydistill.config.points import with_point
 from raydistill.config.run import Config
 from raydistill.config.training import DeepSpeed
 from raydistill.data.folds import FoldRows
-from raydistill.errors import UserError, first_line, storage_problem
 from raydistill.models.source import ModelSource
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
-from raydistill.record.store import Store, open_store
 from raydistill.search.space import point_id
-from raydistill.stages.checkpoints import Checkpoints, State
+from raydistill.search.trials import Trial
 from raydistill.stages.cluster import Resources
-from raydistill.stages.curves import read_curves
 from raydistill.stages.job import TrainingJob
-from raydistill.stages.loop import TrainingRank
-from raydistill.stages.ranks import from_rank_zero, rank_and_world
 from raydistill.stages.search_rows import rows_plan
 from raydistill.stages.training_job import TrainingRequest, training_job, training_plan
+from raydistill.stages.training_stages import training_stages
+from raydistill.stages.trial_standing import Standing, standing
 
 FOLDER = "tune/trials"
-ROUNDED = 6  # digits of metrics
+STAGES = "stages"  # in a trial's folder, those of its stages
 Point = Mapping[str, Any]
 
 
@@ -50,10 +48,13 @@ def trial_config(config: Config, point: Point, *, fused: bool = False) -> Config
     change the numbers. A member of a fused group takes the batches of a worker whole.
     """
     workers, config = config.trial_workers, with_point(config, point)
-    own: dict[str, Any] = {"workers": workers, "validate_every": None, "patience": None, "checkpoint_every": None}
+    whole_epochs: dict[str, Any] = {"validate_every": None, "patience": None}
+    own = whole_epochs | {"workers": workers, "checkpoint_every": None}
     if workers == 1:
         micro_batches = config.train.accumulation * (1 if fused else config.train.workers)
         own |= {"accumulation": micro_batches, "deepspeed": DeepSpeed()}
+    if config.train.stages is not None:
+        own["stages"] = tuple(stage.model_copy(update=whole_epochs) for stage in config.train.stages)
     return config.model_copy(update={"train": config.train.model_copy(update=own)})
 
 
@@ -65,6 +66,7 @@ class Work:
     kept: tuple[int, ...]
     group: str = ""  # the folder of a group's checkpoints, which are the fingerprint's
     fingerprint: str = ""
+    later: tuple[TrainingJob, ...] = ()  # of a trial alone: the stages that follow the first
 
     @property
     def workers(self) -> int:
@@ -106,120 +108,47 @@ class Trials:
         rows = rows_plan(self.config, self.run).fingerprint if self.rows else None
         return Plan("trial", {**plan.inputs, "rows": rows})
 
+    def new(self, number: int, point: Point) -> Trial:
+        """A trial that has not begun."""
+        epochs = [training.epochs for training in trial_config(self.config, point).train.trainings]
+        return Trial(number, point, sum(epochs), epochs_before=sum(epochs[:-1]))
+
     def job(self, number: int, point: Point, *, fused: bool = False) -> TrainingJob:
-        """The trial as what a process is sent."""
-        job = training_job(self._request(point, fused=fused), self.plan(point))
-        folder, epoch_rows = trial_folder(trial_name(number, point)), job.epoch_rows
-        if self.rows is not None:
-            share = self.rows.open()
-            epoch_rows = sum(share.count(entry.file) for entry in share.manifest.files)
-        own = {"title": f"trial {number}", "folder": folder, "product": f"{folder}/model"}
-        return replace(job, **own, rows=self.rows, epoch_rows=epoch_rows)
+        """The trial, or its first stage, as what a process is sent."""
+        return self._jobs(number, point, fused=fused)[0]
+
+    def _jobs(self, number: int, point: Point, *, fused: bool = False) -> tuple[TrainingJob, ...]:
+        """The trial's stages, each of which goes on from what the one before made; one, if it has none."""
+        request, plan = self._request(point, fused=fused), self.plan(point)
+        folder = trial_folder(trial_name(number, point))
+        jobs: list[TrainingJob] = []
+        for stage in training_stages("student", request.config):
+            job = training_job(replace(request, config=stage.config, stage=stage if stage.name else None), plan)
+            place = f"{folder}/{STAGES}/{stage.name}" if stage.name else folder
+            title = f"trial {number}, stage {stage.name}" if stage.name else f"trial {number}"
+            own: dict[str, Any] = {
+                "title": title,
+                "section": stage.section,
+                "folder": place,
+                "product": f"{place}/model",
+            }
+            if stage.goes_on:
+                begins = ModelSource(f"the {jobs[-1].title}", jobs[-1].product, store_url=self.run.store.root)
+                own["begins_with"] = begins
+            jobs.append(replace(job, **own, rows=self.rows, epoch_rows=self._epoch_rows(job)))
+        return tuple(jobs)
+
+    def _epoch_rows(self, job: TrainingJob) -> int:
+        if self.rows is None:
+            return job.epoch_rows
+        share = self.rows.open()
+        return sum(share.count(entry.file) for entry in share.manifest.files)
 
     def work(self, number: int, point: Point) -> Work:
         """The trial alone as what a process trains."""
-        return Work({number: self.job(number, point)}, (number,))
+        first, *later = self._jobs(number, point)
+        return Work({number: first}, (number,), later=tuple(later))
 
-
-class TrialTraining:
-    """A trial under way, in a process of its own or on one rank of several. `step` trains an epoch."""
-
-    def __init__(self, work: Work, stopped: Callable[[], bool] = lambda: False) -> None:
-        ((self._number, self._job),) = work.jobs.items()
-        self._stopped = stopped
-        self._rank: TrainingRank | None = None
-        self._curve: list[dict[str, float]] = []
-        self._is_new = True
-
-    def step(self) -> list[Outcome]:
-        """The trial after one more epoch, or first of all where it stands, if it goes on after a stop."""
-        try:
-            return [self.advance()]
-        except Exception as error:  # whatever it is, it is this trial's: a row of the table, with its reason
-            return [self.given_up(error)]
-
-    def keep(self, numbers: Sequence[int]) -> None:
-        """Those that go on: this one, as long as the process has it."""
-
-    def advance(self) -> Outcome:
-        """What `step` does; raises what keeps the trial from it."""
-        if self._rank is None:
-            self._rank = TrainingRank(self._job, lambda update: None, self._stopped)
-            self._validations = self._rank.validations()
-            self._curve = committed_curve(open_store(self._job.run_url), self._job.folder, self._rank.state.step)
-        if not (self._is_new and self._curve):
-            values = next(self._validations, None)
-            if values is not None:
-                self._curve.append(rounded(values))
-        self._is_new = False
-        return self._outcome()
-
-    def given_up(self, error: Exception) -> Outcome:
-        """The trial that an error ended, or all of them."""
-        if isinstance(error, OSError) and (problem := storage_problem(error)) is not None:
-            return self._outcome(problem=str(problem))
-        return self._outcome(failed=reason_of(error, self._job.title))
-
-    def _outcome(self, **told: str) -> Outcome:
-        state, began = (self._rank.state, self._rank.first_step_at) if self._rank is not None else (State(), None)
-        return Outcome(self._number, tuple(self._curve), state.step, state.seconds, began, **told)
-
-    def close(self) -> None:
-        """Lets go. All that counts was saved with the last checkpoint, and another process may have gone on from it."""
-        if self._rank is not None:
-            if self._rank.curves:
-                self._rank.curves.leave()
-                self._rank.curves = None
-            self._rank.close()
-            self._rank = None
-
-
-def follow(
-    work: Work, *, report: Callable[[Outcome], None], goes_on: Callable[[int], bool], stopped: Callable[[], bool]
-) -> None:
-    """One rank of a trial of several workers: trains it epoch by epoch, for as long as it is to go on.
-
-    Collective. Rank 0 reports every epoch and is told whether the trial goes on to another number of them; `stopped`
-    ends it within one. What the user must mend is reported by the rank that meets it, since others may wait for it in
-    a collective, and raised; all else is raised alone, as a worker that is lost.
-    """
-    training, rank = TrialTraining(work, stopped), rank_and_world()[0]
-    try:
-        wanted = True
-        while wanted:
-            outcome = training.advance()
-            if rank == 0:
-                report(outcome)
-                wanted = goes_on(len(outcome.curve) + 1)
-            wanted = from_rank_zero(wanted)
-    except Exception as error:
-        outcome = training.given_up(error)
-        if outcome.problem or isinstance(error, UserError):
-            report(outcome)
-        raise
-    finally:
-        training.close()
-
-
-def reason_of(error: Exception, title: str = "") -> str:
-    """Why a training failed, in one line that does not name it."""
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return kind + first_line(error).removeprefix(f"{title} training: ")
-
-
-def committed_curve(store: Store, folder: str, step: int) -> list[dict[str, float]]:
-    """The metrics of each epoch of a trial up to a step."""
-    points = (p for p in read_curves(store, folder) if p["group"] == "validation" and p["step"] <= step)
-    return [rounded({k: v for k, v in point.items() if k not in ("step", "epoch", "group")}) for point in points]
-
-
-def standing_curve(store: Store, folder: str, fingerprint: str) -> tuple[list[dict[str, float]], State]:
-    """What a trial reached before a stop, as far as its newest checkpoint that verifies, and how it stood there."""
-    checkpoints = Checkpoints(store, folder, fingerprint)
-    step = checkpoints.newest()
-    return ([], State()) if step is None else (committed_curve(store, folder, step), checkpoints.load(step).state)
-
-
-def rounded(values: Mapping[str, float]) -> dict[str, float]:
-    """As the records hold them: so many digits that equal trainings compare as equal."""
-    return {name: float(f"{value:.{ROUNDED}g}") for name, value in values.items()}
+    def standing(self, number: int, point: Point) -> Standing:
+        """What a trial reached before a stop."""
+        return standing(self._jobs(number, point))

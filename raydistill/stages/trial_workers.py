@@ -17,7 +17,8 @@ from raydistill.record.store import open_store
 from raydistill.stages.cluster import Mailbox, Share, beside_driver
 from raydistill.stages.ranks import rank_and_world
 from raydistill.stages.trainer import stop_request
-from raydistill.stages.trial import Outcome, Work, follow
+from raydistill.stages.trial import Outcome, Work
+from raydistill.stages.trial_training import follow
 from raydistill.stages.workers import Workers
 
 POLL_SECONDS = 0.1

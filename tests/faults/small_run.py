@@ -58,7 +58,8 @@ from raydistill.stages.loop import run_training
 from raydistill.stages.progress import Progress
 from raydistill.stages.ranks import from_rank_zero
 from raydistill.stages.search import Search
-from raydistill.stages.trial import Outcome, Trials, follow
+from raydistill.stages.trial import Outcome, Trials
+from raydistill.stages.trial_training import follow
 
 # What a run imports on its way, so that no child has to.
 LATE_IMPORTS = (
