@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from raydistill.report.pictures import place_values
+from raydistill.report.pictures import place_values, text_of
 from raydistill.report.search_page import heat_axes, in_order, render_search, search_verdict, trial_table
 
 TEMPERATURE, ALPHA, RATE, KIND = "train.loss.temperature", "train.loss.alpha", "train.learning_rate", "train.loss.kind"
@@ -118,9 +118,16 @@ def test_settings_that_are_words_or_missing_are_drawn():
 def test_values_are_placed_to_scale():
     assert place_values([2.0, 4.0, 3.0]) == ([0.0, 1.0, 0.5], [(0.0, "2"), (0.5, "3"), (1.0, "4")])
     assert place_values([1e-4, 1e-2, 1e-3])[0] == pytest.approx([0, 1, 0.5])  # logarithmic
+    assert place_values([0.01, 0.97, 0.49], even=True)[0] == pytest.approx([0, 1, 0.5])  # accuracies are not
     assert place_values([7, 7]) == ([0.5, 0.5], [(0.5, "7")])
     assert place_values(["b", "a", True])[0] == [1.0, 0.5, 0.0]
-    assert place_values([[{"kind": "hidden_mse"}], []])[0] == [1.0, 0.0]  # a list of losses is a value too
+    # A list of losses, or of stages, is a value too.
+    assert place_values([[{"kind": "hidden_mse"}], []]) == ([0.0, 1.0], [(0.0, "hidden_mse"), (1.0, "none")])
+    stages = [{"name": "soft", "epochs": 1}, {"name": "more", "loss": {"kind": "jsd", "beta": 0.25}, "batch_size": 8}]
+    assert text_of(stages) == "soft (epochs 1), more (loss jsd (beta 0.25), batch_size 8)"
+    assert text_of([[0, 1], [1, 3]]) == "(0, 1), (1, 3)"
+    ((_, label),) = place_values([stages])[1]
+    assert label == "soft (epochs 1), more (loss jsd (be…"
     many = [float(n) for n in range(20)]
     assert place_values(many)[1] == [(0.0, "0"), (1.0, "19")]
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 INK = "#010203"  # replaced by the page's own colour of text
 WIDTH = 7.6  # inches
+LONGEST = 36  # characters of a label
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False,
     "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
@@ -73,7 +74,7 @@ def parallel_coordinates(trials: Trials, settings: Sequence[str], metric: str) -
     """A line for each trial through its settings to what it reached."""
     shown = [trial for trial in trials if trial["value"] is not None]
     axes_of = [place_values([trial["point"].get(name) for trial in shown]) for name in settings]
-    reached, ticks = place_values([trial["value"] for trial in shown])
+    reached, ticks = place_values([trial["value"] for trial in shown], even=True)
     columns = [*(places for places, _ in axes_of), reached]
     marks = [*(labels for _, labels in axes_of), ticks]
 
@@ -147,28 +148,39 @@ def importance_bars(shares: dict[str, float]) -> str:
     return drawn("importance", 0.5 + 0.32 * len(ordered), draw, "importance of each setting")
 
 
-def place_values(values: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+def place_values(values: Sequence[Any], *, even: bool = False) -> tuple[list[float], list[tuple[float, str]]]:
     """Values of one setting on an axis from 0 to 1, and its labels: numbers to scale (logarithmic over a factor of
-    20), words side by side; a trial that lacks the setting stands among the words."""
+    20, unless they are to be `even`), words side by side; a trial that lacks the setting stands among the words."""
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         known = set(values)
         low, high = min(known), max(known)
         if low == high:
             return [0.5] * len(values), [(0.5, text_of(low))]
-        scale = math.log if low > 0 and high / low > 20 else float
+        scale = math.log if not even and low > 0 and high / low > 20 else float
         places = [(scale(value) - scale(low)) / (scale(high) - scale(low)) for value in values]
         if len(known) <= 8:
             return places, sorted({(p, text_of(v)) for p, v in zip(places, values, strict=True)})
         return places, [(0.0, text_of(low)), (1.0, text_of(high))]
     ordered = sorted({text_of(value) for value in values})
     at = {text: i / max(1, len(ordered) - 1) for i, text in enumerate(ordered)}
-    return [at[text_of(value)] for value in values], [(place, text) for text, place in at.items()]
+    return [at[text_of(value)] for value in values], [(place, cut(text)) for text, place in at.items()]
+
+
+def cut(text: str) -> str:
+    """As much of a text as a picture has room for."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def text_of(value: Any) -> str:
-    """A setting's value as a person writes it."""
+    """A setting's value as a person writes it; a section by its name or kind and what else it says."""
     if value is None:
         return "–"
+    if isinstance(value, list | tuple):
+        return ", ".join(f"({text_of(one)})" if isinstance(one, list) else text_of(one) for one in value) or "none"
+    if isinstance(value, dict):
+        named = next((key for key in ("name", "kind") if key in value), None)
+        rest = ", ".join(f"{key} {text_of(inner)}" for key, inner in value.items() if key != named)
+        return rest if named is None else f"{value[named]} ({rest})" if rest else str(value[named])
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -15,6 +15,7 @@ from raydistill.errors import UserError
 from raydistill.record.commit import MANIFEST, Entry, Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
+from raydistill.report.pictures import text_of
 from raydistill.report.search_page import render_search
 from raydistill.search.trials import Trial, commonest_reason, winner
 from raydistill.stages.cluster import Resources
@@ -100,7 +101,8 @@ def result(manifest: Manifest) -> str:
     facts = manifest.facts
     won, counts = facts["winner"], facts["statuses"]
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    values = ", ".join(f"{name}={value}" for name, value in won["point"].items())
+    shown = {n: text_of(value) if isinstance(value, list | dict) else value for n, value in won["point"].items()}
+    values = ", ".join(f"{name}={value}" for name, value in shown.items())
     return (
         f"{facts['trials']} trials ({told}), {facts['steps']:,} steps, teacher forwards per row"
         f" {facts['teacher_forwards_per_row']:g}; trial {won['number']} won with validation {facts['metric']}"
