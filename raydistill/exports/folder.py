@@ -10,6 +10,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,27 +65,47 @@ def write_export(
             " tokenizer as a fast one"
         )
     folder.mkdir()
-    model = whole(model) if hasattr(model, "peft_config") else model
+    model = merged(model)
     facts = {
-        "format": format_name,
         "labels": [model.config.id2label[number] for number in range(model.config.num_labels)],
         "multi_label": multi_label,
         "max_length": max_length,
         "truncation_side": tokenizer.truncation_side,
-        "parameters": count_parameters(model),
     }
-    if format_name == "safetensors-bf16":
-        model.to(torch.bfloat16).save_pretrained(str(folder))
-    elif format_name.startswith("torchao"):
-        write_torchao(model, folder)
-    else:
+    if format_name.startswith("onnx"):
         model.config.save_pretrained(str(folder))
         _write_onnx(model, folder / ONNX_FILE, format_name, scratch, calibration)
-    save_tokenizer(tokenizer, folder, max_length=max_length)
+        add_program(folder, PROGRAM, "predict_onnx")
+    else:
+        write_safetensors(model, folder, format_name)
+        add_program(folder, PROGRAM, "predict_torch")
+    close_folder(folder, model, tokenizer, format_name, facts)
+
+
+def merged(model: Any) -> Any:
+    """A model without adapters: those that it has are merged."""
+    return whole(model) if hasattr(model, "peft_config") else model
+
+
+def write_safetensors(model: Any, folder: Path, format_name: str) -> None:
+    """Configuration and weights in a format that transformers loads. Raises UserError for what it cannot hold."""
+    if format_name == "safetensors-bf16":
+        model.to(torch.bfloat16).save_pretrained(str(folder))
+    else:
+        write_torchao(model, folder)
+
+
+def add_program(folder: Path, name: str, source: str) -> None:
+    """Puts a small program that uses the weights beside them."""
+    text = Path(__file__).with_name(f"{source}.py.txt").read_text(encoding="utf-8")
+    (folder / name).write_text(text, encoding="utf-8")
+
+
+def close_folder(folder: Path, model: Any, tokenizer: Any, format_name: str, facts: dict[str, Any]) -> None:
+    """Adds the tokenizer and what the folder is, and lets those read the weights who may read that."""
+    save_tokenizer(tokenizer, folder, max_length=facts["max_length"])
+    facts = {"format": format_name, **facts, "parameters": count_parameters(model)}
     (folder / FACTS).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    runtime = "onnx" if format_name.startswith("onnx") else "torch"
-    program = Path(__file__).with_name(f"predict_{runtime}.py.txt").read_text(encoding="utf-8")
-    (folder / PROGRAM).write_text(program, encoding="utf-8")
     share_weights(folder, like=folder / FACTS)
 
 
@@ -130,14 +151,16 @@ class ExportSource(ModelSource):
             raise UserError(f"{self.setting}: {path}: is not JSON ({first_line(error)}). Export it again") from None
 
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The model as it is deployed, whatever the dtype."""
-        folder = self.folder()
-        if (folder / ONNX_FILE).is_file():
-            check_onnx()
+        """The classifier as it is deployed, whatever the dtype."""
+        return self._opened(dtype, super().load)
+
+    def _opened(self, dtype: torch.dtype, read: Callable[[torch.dtype], Any]) -> Any:
+        """What stands in the folder: an ONNX file, or weights that `read` loads in a precision."""
+        folder, format_name = self.folder(), self.facts()["format"]
+        check_packages(format_name)
+        if format_name.startswith("onnx"):
             return OnnxModel(folder / ONNX_FILE).eval()
-        if "torchao" in self.facts()["format"]:
-            check_torchao()
-        return super().load(torch.bfloat16 if self.facts()["format"] == "safetensors-bf16" else dtype)
+        return read(torch.bfloat16 if format_name == "safetensors-bf16" else dtype)
 
     def identity(self) -> dict[str, str]:
         folder = self.folder()

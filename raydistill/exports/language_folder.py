@@ -6,23 +6,28 @@ student's number of parameters.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raydistill.adapters import whole
-from raydistill.exports.folder import FACTS, ExportSource, check_packages
+from raydistill.exports.folder import (
+    ExportSource,
+    add_program,
+    check_packages,
+    close_folder,
+    merged,
+    write_safetensors,
+)
 from raydistill.exports.gguf_file import GGUF_FILE, check_gguf, check_gguf_model, context_length, write_gguf
 from raydistill.exports.gguf_tokenizer import gguf_tokenizer
-from raydistill.exports.onnx_file import ONNX_FILE, OnnxModel, check_onnx, write_onnx
+from raydistill.exports.onnx_file import ONNX_FILE, write_onnx
 from raydistill.exports.serving import MODELFILE, chat_pieces, modelfile, ollama_template
-from raydistill.exports.torchao_weights import check_torchao, check_torchao_model, write_torchao
+from raydistill.exports.torchao_weights import check_torchao_model
 from raydistill.models.folders import weight_files
-from raydistill.models.loading import count_parameters, load_gguf, load_language_model
-from raydistill.models.saving import longest_input, save_tokenizer, share_weights
+from raydistill.models.loading import load_gguf, load_language_model
+from raydistill.models.saving import longest_input
 
 PROGRAM = "generate.py"
 
@@ -44,33 +49,26 @@ def check_language_format(format_name: str, model: Any, tokenizer: Any) -> None:
 def write_language_export(model: Any, tokenizer: Any, folder: Path, format_name: str, *, name: str) -> None:
     """Writes a float32 language model into a new folder. Raises UserError for what the format cannot hold."""
     folder.mkdir()
-    model = whole(model) if hasattr(model, "peft_config") else model
+    model = merged(model)
     end = model.generation_config.eos_token_id
     facts = {
-        "format": format_name,
         "max_length": longest_input(model, tokenizer),
         "end_ids": end if isinstance(end, list) else [end] if end is not None else [],
-        "parameters": count_parameters(model),
     }
-    if format_name == "safetensors-bf16":
-        model.to(torch.bfloat16).save_pretrained(str(folder))
-    elif format_name.startswith("torchao"):
-        write_torchao(model, folder)
-    else:
+    if format_name == "onnx" or format_name.startswith("gguf"):
         model.config.save_pretrained(str(folder))
         model.generation_config.save_pretrained(str(folder))
         _write_file(model, tokenizer, folder, format_name, name)
-    save_tokenizer(tokenizer, folder, max_length=facts["max_length"])
-    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    share_weights(folder, like=folder / FACTS)
+    else:
+        write_safetensors(model, folder, format_name)
+    close_folder(folder, model, tokenizer, format_name, facts)
 
 
 def _write_file(model: Any, tokenizer: Any, folder: Path, format_name: str, name: str) -> None:
     """A format of one file, and what goes with it."""
     if format_name == "onnx":
         write_onnx(model, folder / ONNX_FILE)
-        program = Path(__file__).with_name("generate_onnx.py.txt").read_text(encoding="utf-8")
-        (folder / PROGRAM).write_text(program, encoding="utf-8")
+        add_program(folder, PROGRAM, "generate_onnx")
         return
     write_gguf(model, tokenizer, folder / GGUF_FILE, format_name, name=name)
     held, pieces, template = gguf_tokenizer(tokenizer, model.config.vocab_size), chat_pieces(tokenizer), None
@@ -85,19 +83,12 @@ class LanguageExport(ExportSource):
     """A folder that `write_language_export` wrote, in the place of a model's."""
 
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The model as it is deployed, whatever the dtype."""
-        folder, format_name = self.folder(), self.facts()["format"]
-        if format_name == "onnx":
-            check_onnx()
-            return OnnxModel(folder / ONNX_FILE).eval()
-        if format_name.startswith("gguf"):
+        """The language model as it is deployed, whatever the dtype."""
+        folder = self.folder()
+        if self.facts()["format"].startswith("gguf"):
             check_gguf()
             return load_gguf(self.setting, folder, GGUF_FILE)
-        if format_name.startswith("torchao"):
-            check_torchao()
-        return load_language_model(
-            self.setting, folder, dtype=torch.bfloat16 if format_name == "safetensors-bf16" else dtype
-        )
+        return self._opened(dtype, lambda dtype: load_language_model(self.setting, folder, dtype=dtype))
 
     @staticmethod
     def _weights(folder: Path) -> list[Path]:
