@@ -56,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_transformers_reads_the_student_from_the_file(made: dict[str, Path], architecture: str):
-    model = LanguageExport("x", str(made[architecture])).load()
+    model = LanguageExport("x", str(made[architecture])).load_language()
     ours, theirs = student(architecture, tie_word_embeddings=architecture in TIED), dict(model.named_parameters())
     for name, value in ours.named_parameters():  # rounded to float16, a norm with its 1 of Gemma in float32
         torch.testing.assert_close(theirs[name], value, rtol=2**-11, atol=1e-6, msg=name)
@@ -230,8 +230,8 @@ def test_an_architecture_or_a_rotation_that_is_not_known_is_refused():
     with pytest.raises(UserError, match=r"gguf: gemma2 has no place for the student's lm_head\.weight"):
         check_gguf_model(student("gemma2", tie_word_embeddings=False), tokenizer())
     with pytest.raises(UserError, match="torchao-int8: the layers of GPT2LMHeadModel are no linear layers of torch"):
-        check_torchao_model(student("gpt2"))
-    check_torchao_model(student("llama"))
+        check_torchao_model("torchao-int8", student("gpt2"))
+    check_torchao_model("torchao-int8", student("llama"))
     large = student("llama")
     with torch.no_grad():
         large.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5

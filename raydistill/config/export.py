@@ -9,11 +9,14 @@ from pydantic import Field, field_validator
 from raydistill.config.section import Added, Section
 
 Format = Literal[
-    "onnx", "onnx-int8", "onnx-int8-static", "onnx-int4", "safetensors-bf16", "torchao-int8", "gguf", "gguf-q8"
+    "onnx", "onnx-int8", "onnx-int8-static", "onnx-int4", "safetensors-bf16", "torchao-int8", "torchao-int4", "gguf",
+    "gguf-q8",
 ]  # fmt: skip
 FORMATS: tuple[str, ...] = get_args(Format)
-LANGUAGE_FORMATS = ("gguf", "gguf-q8", "safetensors-bf16", "torchao-int8", "onnx")
-CLASS_FORMATS = ("onnx", "onnx-int8", "onnx-int8-static", "onnx-int4", "safetensors-bf16", "torchao-int8")
+LANGUAGE_FORMATS = ("gguf", "gguf-q8", "safetensors-bf16", "torchao-int8", "torchao-int4", "onnx")
+CLASS_FORMATS = (
+    "onnx", "onnx-int8", "onnx-int8-static", "onnx-int4", "safetensors-bf16", "torchao-int8", "torchao-int4",
+)  # fmt: skip
 
 
 class Export(Section):

@@ -21,10 +21,11 @@ import torch
 
 from raydistill.adapters import whole
 from raydistill.errors import UserError, first_line
+from raydistill.exports.int4_file import read_int4, write_int4
 from raydistill.exports.onnx_file import ONNX_FILE, OnnxModel, check_onnx, quantise_onnx, write_onnx
 from raydistill.exports.torchao_weights import check_torchao, write_torchao
 from raydistill.models.folders import weight_files
-from raydistill.models.loading import count_parameters
+from raydistill.models.loading import count_parameters, empty_classifier
 from raydistill.models.saving import save_tokenizer, share_weights
 from raydistill.models.source import ModelSource
 from raydistill.record.fingerprint import digest
@@ -91,6 +92,8 @@ def write_safetensors(model: Any, folder: Path, format_name: str) -> None:
     """Configuration and weights in a format that transformers loads. Raises UserError for what it cannot hold."""
     if format_name == "safetensors-bf16":
         model.to(torch.bfloat16).save_pretrained(str(folder))
+    elif format_name == "torchao-int4":
+        write_int4(model, folder)
     else:
         write_torchao(model, folder)
 
@@ -152,14 +155,18 @@ class ExportSource(ModelSource):
 
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
         """The classifier as it is deployed, whatever the dtype."""
-        return self._opened(dtype, super().load)
+        return self._opened(dtype, super().load, empty_classifier)
 
-    def _opened(self, dtype: torch.dtype, read: Callable[[torch.dtype], Any]) -> Any:
-        """What stands in the folder: an ONNX file, or weights that `read` loads in a precision."""
+    def _opened(self, dtype: torch.dtype, read: Callable[[torch.dtype], Any], empty: Callable[[str, Path], Any]) -> Any:
+        """What stands in the folder: an ONNX file, weights of 4 bits for an `empty` model of the folder's
+        configuration, or weights that `read` loads in a precision.
+        """
         folder, format_name = self.folder(), self.facts()["format"]
         check_packages(format_name)
         if format_name.startswith("onnx"):
             return OnnxModel(folder / ONNX_FILE).eval()
+        if format_name == "torchao-int4":
+            return read_int4(self.setting, empty(self.setting, folder), folder)
         return read(torch.bfloat16 if format_name == "safetensors-bf16" else dtype)
 
     def identity(self) -> dict[str, str]:

@@ -22,11 +22,12 @@ from raydistill.exports.folder import (
 )
 from raydistill.exports.gguf_file import GGUF_FILE, check_gguf, check_gguf_model, context_length, write_gguf
 from raydistill.exports.gguf_tokenizer import gguf_tokenizer
+from raydistill.exports.int4_file import check_int4_model
 from raydistill.exports.onnx_file import ONNX_FILE, write_onnx
 from raydistill.exports.serving import MODELFILE, chat_pieces, modelfile, ollama_template
 from raydistill.exports.torchao_weights import check_torchao_model
 from raydistill.models.folders import weight_files
-from raydistill.models.loading import load_gguf, load_language_model
+from raydistill.models.loading import empty_language_model, load_gguf
 from raydistill.models.saving import longest_input
 
 PROGRAM = "generate.py"
@@ -42,8 +43,10 @@ def check_language_format(format_name: str, model: Any, tokenizer: Any) -> None:
         check_gguf_model(model, tokenizer)
         return
     check_packages(format_name)
-    if format_name.startswith("torchao"):
-        check_torchao_model(model)
+    if format_name == "torchao-int4":
+        check_int4_model(model)
+    elif format_name.startswith("torchao"):
+        check_torchao_model(format_name, model)
 
 
 def write_language_export(model: Any, tokenizer: Any, folder: Path, format_name: str, *, name: str) -> None:
@@ -61,6 +64,8 @@ def write_language_export(model: Any, tokenizer: Any, folder: Path, format_name:
         _write_file(model, tokenizer, folder, format_name, name)
     else:
         write_safetensors(model, folder, format_name)
+    if format_name == "torchao-int4":
+        add_program(folder, PROGRAM, "generate_torch")
     close_folder(folder, model, tokenizer, format_name, facts)
 
 
@@ -82,13 +87,13 @@ def _write_file(model: Any, tokenizer: Any, folder: Path, format_name: str, name
 class LanguageExport(ExportSource):
     """A folder that `write_language_export` wrote, in the place of a model's."""
 
-    def load(self, dtype: torch.dtype = torch.float32) -> Any:
+    def load_language(self, dtype: torch.dtype = torch.float32) -> Any:
         """The language model as it is deployed, whatever the dtype."""
         folder = self.folder()
         if self.facts()["format"].startswith("gguf"):
             check_gguf()
             return load_gguf(self.setting, folder, GGUF_FILE)
-        return self._opened(dtype, lambda dtype: load_language_model(self.setting, folder, dtype=dtype))
+        return self._opened(dtype, super().load_language, empty_language_model)
 
     @staticmethod
     def _weights(folder: Path) -> list[Path]:

@@ -119,7 +119,7 @@ def modelfile(file: str, *, context: int, template: str | None, stop: str | None
 
 def commands(format_name: str, folder: str, name: str) -> list[str]:
     """What is typed to serve an exported model that stands in a folder."""
-    if format_name == "onnx":
+    if format_name in ("onnx", "torchao-int4"):
         return [f"python {folder}/generate.py 'Once upon a time'"]
     if not format_name.startswith("gguf"):
         return [f"vllm serve {folder} --served-model-name {name}"]

@@ -24,12 +24,12 @@ def check_torchao() -> None:
         )
 
 
-def check_torchao_model(model: Any) -> None:
+def check_torchao_model(format_name: str, model: Any) -> None:
     """Raises UserError for a model, which may be without weights, whose layers the library would leave as they are."""
     if any(is_transposed(model.get_submodule(name)) for name in linear_layers(model)):
         raise UserError(
-            f"export.formats: torchao-int8: the layers of {type(model).__name__} are no linear layers of torch and stay"
-            " as they are. Use safetensors-bf16"
+            f"export.formats: {format_name}: the layers of {type(model).__name__} are no linear layers of torch and"
+            " stay as they are. Use safetensors-bf16"
         )
 
 
@@ -40,7 +40,7 @@ def write_torchao(model: Any, folder: Path) -> None:
     """
     from torchao.quantization import Int8WeightOnlyConfig, PerRow  # pyright: ignore[reportMissingImports]
 
-    check_torchao_model(model)
+    check_torchao_model("torchao-int8", model)
     with tempfile.TemporaryDirectory() as whole:
         model.save_pretrained(whole)
         quantised = load_quantised(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from raydistill.adapters import is_adapter, with_saved_adapter
 from raydistill.errors import UserError, first_line
@@ -169,6 +170,20 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
     # With accelerate there, transformers imports DeepSpeed for any model, and that tells of each CPU that it is no GPU.
     getLogger("DeepSpeed").addFilter(_is_error)
+
+
+def held_bytes(model: Any) -> int:
+    """Of a model's weights and buffers as they are in memory, each once; of quantised ones that of their parts."""
+    parts = [part for tensor in (*model.parameters(), *model.buffers()) for part in _parts(tensor)]
+    return sum({part.data_ptr(): part.nbytes for part in parts}.values())
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor is made of, by torch's protocol for wrappers, such as torchao's."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def count_parameters(model: Any) -> int:

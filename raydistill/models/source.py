@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from raydistill.models.folders import find_model, model_identity, weight_files
-from raydistill.models.loading import count_parameters, load_classifier
+from raydistill.models.loading import count_parameters, load_classifier, load_language_model
 from raydistill.record.store import open_store
 
 
@@ -37,6 +37,10 @@ class ModelSource:
     def load(self, dtype: torch.dtype = torch.float32) -> Any:
         """The classifier in eval mode. Raises UserError when it does not load."""
         return load_classifier(self.setting, self.folder(), dtype=dtype)
+
+    def load_language(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The causal language model in eval mode. Raises UserError when it does not load."""
+        return load_language_model(self.setting, self.folder(), dtype=dtype)
 
     def identity(self) -> dict[str, str]:
         """What a fingerprint holds of it."""

@@ -13,6 +13,7 @@ import torch
 
 from raydistill.data.tokens import load_tokenizer, pack_by_length, pad, tokenise
 from raydistill.exports.onnx_file import OnnxModel
+from raydistill.models.loading import held_bytes
 from raydistill.models.source import ModelSource
 from raydistill.stages.forward import DTYPES, TOKENS_PER_BATCH
 
@@ -60,10 +61,7 @@ class Loaded:
 
 def _memory_bytes(source: ModelSource, model: Any) -> int:
     """Of weights and buffers as they are loaded; of an ONNX file as they are stored."""
-    held = [*model.parameters(), *model.buffers()]
-    if not held:
-        return sum(path.stat().st_size for path in source.weights())
-    return sum({id(tensor): tensor.nbytes for tensor in held}.values())
+    return held_bytes(model) or sum(path.stat().st_size for path in source.weights())
 
 
 @dataclass(frozen=True)

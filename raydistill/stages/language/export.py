@@ -70,7 +70,7 @@ class LanguageExam:
 
     def compare(self, written: ExportSource) -> dict[str, Any]:
         """Perplexity of both, KL, and the share of positions with the same likeliest token."""
-        made = written.load()
+        made = written.load_language()
         sums: dict[str, float] = {}
         lengths = np.array([len(tokens) for tokens, _ in self._rows])
         positions = sum(len(at) for _, at in self._rows)
