@@ -4,28 +4,18 @@ Shapes: N texts, K classes.
 """
 
 import asyncio
-import json
-import os
-import re
-import signal
 import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.request
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 
 import pytest
 import torch
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
+from serving_process import ask, head_node, left, marked, metric, serving
 
 from raydistill import cli
 from raydistill.models.loading import load_classifier
@@ -119,11 +109,6 @@ def test_too_much_at_once(client: TestClient):
     assert endless.status_code == 413  # without a length it could be of any
 
 
-def metric(text: str, name: str) -> float:
-    (value,) = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    return float(value)
-
-
 def test_health_metrics_and_the_page(client: TestClient):
     health = client.get("/health").json()
     assert (health["status"], health["task"], health["labels"]) == ("ok", "classification", LABELS)
@@ -171,82 +156,49 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
     assert "serve: needs uvicorn. Install it: pip install 'raydistill[serve]'" in capsys.readouterr().err
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def ask(url: str, body: Any = None) -> tuple[int, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            text = answer.read().decode()
-            return answer.status, json.loads(text) if "json" in answer.headers["Content-Type"] else text
-    except HTTPError as error:
-        return error.code, json.loads(error.read())
+def answers_are_the_models(url: str, folder: Path, count: int = 32) -> None:
+    """Many requests at once get the probabilities that transformers gives each text alone."""
+    expected = {text: shares_of(folder, text) for text in TEXTS}
+    texts = (TEXTS * count)[:count]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda text: ask(f"{url}/predict", {"text": text, "all": True}), texts))
+    assert {status for status, _ in found} == {200}
+    for text, (_, answer) in zip(texts, found, strict=True):
+        assert answer["all"] == pytest.approx(expected[text], abs=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_it_answers_many_at_once_and_ends_clean(tiny_classifier: Path, tmp_path: Path):
-    port = free_port()
-    command = [sys.executable, "-m", "raydistill", "serve", str(tiny_classifier), "--port", str(port)]
-    mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        [*command, "--batch-wait-ms", "50"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "SERVE_TEST": mark},
-    )  # fmt: skip
-    too_slow = threading.Timer(240, process.kill)
-    too_slow.start()
-    lines: list[str] = []
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line)
-            if "/predict" in line:
-                break
-        url = f"http://127.0.0.1:{port}"
-        assert ask(f"{url}/health")[0] == 200, lines
-        texts = TEXTS * 8
-        with ThreadPoolExecutor(16) as pool:
-            found = list(pool.map(lambda text: ask(f"{url}/predict", {"text": text, "all": True}), texts))
-        assert {status for status, _ in found} == {200}
-        expected = {text: shares_of(tiny_classifier, text) for text in TEXTS}
-        for text, (_, answer) in zip(texts, found, strict=True):
-            assert answer["all"] == pytest.approx(expected[text], abs=1e-5)
-        assert ask(f"{url}/predict", {"text": ""}) == (422, {"error": "text: is empty"})
-        numbers = ask(f"{url}/metrics")[1]
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_it_answers_many_at_once_and_ends_clean(tiny_classifier: Path, replicas: int):
+    with serving(tiny_classifier, "--batch-wait-ms", "50", "--replicas", str(replicas)) as one:
+        assert ask(one.url("/health"))[0] == 200, one.said
+        named = [" ".join(process.cmdline()) for process in marked(one.mark)]
+        assert sum("ServeReplica:raydistill:model" in name for name in named) == replicas
+        answers_are_the_models(one.url(""), tiny_classifier)
+        assert ask(one.url("/predict"), {"text": ""}) == (422, {"error": "text: is empty"})
+        numbers = ask(one.url("/metrics"))[1]
         assert metric(numbers, "raydistill_texts_total") == 32
         assert metric(numbers, "raydistill_batch_texts_sum") == 32  # each text in one batch
         assert metric(numbers, "raydistill_batch_texts_count") < 32  # and some of them together
-        process.send_signal(signal.SIGTERM)
-        rest = process.stdout.read()
-        assert process.wait(60) == 0, rest
-        assert "serve: ended" in rest
-        assert "Traceback" not in rest
-    finally:
-        too_slow.cancel()
-        process.kill()
-        process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
-    assert not _left(mark)
+        one.end()
+    assert not left(one.mark)
 
 
-def _left(mark: str) -> list[str]:
-    """Processes that have inherited the mark and do not end within some seconds."""
-    deadline = time.monotonic() + 20
-    while True:
-        found = []
-        for place in Path("/proc").iterdir():
-            try:
-                environment = (place / "environ").read_bytes() if place.name.isdigit() else b""
-            except OSError:
-                continue
-            if f"SERVE_TEST={mark}".encode() in environment:
-                found.append(place.name)
-        if not found or time.monotonic() > deadline:
-            return found
-        time.sleep(0.5)
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_on_a_running_cluster_one_application_ends_and_the_other_goes_on(tiny_classifier: Path):
+    with head_node() as (address, environment, node):
+        asked = ("--address", address)
+        with serving(tiny_classifier, *asked, "--name", "first", "--route", "/one", **environment) as first:
+            answers_are_the_models(first.url("/one"), tiny_classifier)
+            second_options = (*asked, "--name", "second", "--route", "/two")
+            with serving(tiny_classifier, *second_options, port=first.port, **environment) as second:
+                answers_are_the_models(second.url("/two"), tiny_classifier)
+                first.end()
+                assert ask(second.url("/two/health"))[0] == 200
+                answers_are_the_models(second.url("/two"), tiny_classifier, 8)
+                assert ask(second.url("/one/health"))[0] == 404
+                second.end()
+        assert node.poll() is None  # the cluster is not theirs to end
