@@ -75,7 +75,8 @@ def write_int4(model: Any, folder: Path) -> None:
 def _four_bits(name: str, weight_NK: torch.Tensor) -> Tensors:
     from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType  # pyright: ignore[reportMissingImports]
 
-    made = IntxUnpackedToInt8Tensor.from_hp(weight_NK, (1, GROUP), torch.int4, mapping_type=MappingType.ASYMMETRIC)
+    kind = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
+    made = IntxUnpackedToInt8Tensor.from_hp(weight_NK, (1, GROUP), kind, mapping_type=MappingType.ASYMMETRIC)
     columns = (made.qdata + 8).to(torch.uint8)
     return {
         f"{name}.int4": columns[:, 0::2] | columns[:, 1::2] << 4,

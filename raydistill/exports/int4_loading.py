@@ -50,9 +50,10 @@ def load_int4(model: Any, path: Path) -> Any:
 def _of_torchao(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
     from torchao.quantization import IntxUnpackedToInt8Tensor  # pyright: ignore[reportMissingImports]
 
+    kind = torch.int4  # pyright: ignore[reportAttributeAccessIssue]
     columns = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
     return IntxUnpackedToInt8Tensor(
-        qdata=columns.to(torch.int8) - 8, scale=scale.float(), zero_point=zero, target_dtype=torch.int4,
+        qdata=columns.to(torch.int8) - 8, scale=scale.float(), zero_point=zero, target_dtype=kind,
         block_size=(1, GROUP), dtype=torch.float32, activation_quantization=None,
     )  # fmt: skip
 
