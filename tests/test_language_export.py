@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from language_runs import SIZES, texts, tiny_language_model, tokenizer
+from language_runs import SIZES, mean_nll, texts, tiny_language_model, tokenizer
 from run_files import facts
 
 from raydistill.config.run import Config
@@ -21,6 +21,9 @@ from raydistill.exports.gguf_tokenizer import SPACE, gguf_tokenizer
 from raydistill.exports.language_folder import LanguageExport, write_language_export
 from raydistill.exports.serving import MODELFILE, chat_pieces, commands, modelfile, ollama_template
 from raydistill.exports.torchao_weights import check_torchao_model
+from raydistill.models.loading import load_language_model
+from raydistill.serving.answers import Asked, open_model
+from raydistill.serving.served import find_served
 
 gguf = pytest.importorskip("gguf")
 IDS = torch.randint(4, 200, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -303,6 +306,13 @@ def test_the_commands_name_what_stands_there():
 
 # Runs of the real stages.
 
+
+def tokenizer_of(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
 LOOSE = {"min_agreement": 0.5, "max_perplexity_rise": 0.2}
 
 
@@ -329,6 +339,44 @@ def test_every_format_is_compared_and_committed(exported):
     assert (folder / "export/gguf" / MODELFILE).read_text().startswith("FROM ./model.gguf\nPARAMETER num_ctx 128\n")
 
 
+@pytest.fixture(scope="module")
+def evaluated(language_runs, exported) -> tuple[Path, dict[str, Any]]:
+    folder, _ = exported
+    asked = {"export": {"formats": ["gguf", "safetensors-bf16", "onnx"], **LOOSE}, "evaluate.control": False}
+    answer = language_runs.run(folder, "evaluate", changes=asked)
+    assert answer["error"] is None, answer["error"]
+    return folder, json.loads((folder / "report/report.json").read_text())
+
+
+def test_the_report_has_every_file_beside_the_student(evaluated):
+    folder, report = evaluated
+    files = {one["name"]: one for one in report["others"]}
+    assert list(files) == ["gguf", "safetensors-bf16", "onnx"]
+    half = load_language_model("x", folder / "export/safetensors-bf16", dtype=torch.bfloat16)
+    expected, count = mean_nll(folder, half, "test")
+    assert report["test_positions"] == count
+    assert files["safetensors-bf16"]["nll"] == pytest.approx(expected, rel=5e-3)
+    assert files["onnx"]["nll"] == pytest.approx(report["student"]["nll"], rel=1e-5)
+    assert files["onnx"]["agreement"] == pytest.approx(report["student"]["agreement"], abs=2e-3)
+    assert files["onnx"]["retention"] == pytest.approx(report["retention"], rel=1e-5)
+    for name, one in files.items():
+        low, high = one["retention_ci95"]
+        assert low <= one["retention"] <= high
+        weights = [p for p in (folder / "export" / name).iterdir() if p.suffix in (".onnx", ".gguf", ".safetensors")]
+        assert one["size_bytes"] == sum(path.stat().st_size for path in weights)
+        assert one["parameters"] == report["student"]["parameters"]
+        assert min(one["prefill_tokens_per_second"], one["decode_tokens_per_second"]) > 0
+    assert files["safetensors-bf16"]["memory_weights_bytes"] * 2 == report["student"]["memory_weights_bytes"]
+    page = (folder / "report/report.html").read_text()
+    assert all(f"<th>{name}</th>" in page and f"{name} keeps" in page for name in files)
+
+
+def test_the_report_of_other_files_is_another_one(language_runs, evaluated):
+    folder, _ = evaluated
+    answer = language_runs.run(folder, "evaluate", changes={"evaluate.control": False})
+    assert "report: compared: was made with" in answer["error"]
+
+
 def test_what_is_there_is_not_made_again_and_what_fails_is_not_kept(language_runs, exported):
     folder, _ = exported
     asked = {"export": {"formats": ["gguf"], **LOOSE}}
@@ -339,6 +387,30 @@ def test_what_is_there_is_not_made_again_and_what_fails_is_not_kept(language_run
     refused = language_runs.run(other, "export", changes=strict, redo="export")
     assert "export.formats: safetensors-bf16: perplexity" in refused["error"]
     assert "Set export.min_agreement or export.max_perplexity_rise, or leave the format out" in refused["error"]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("gguf", 8), ("safetensors-bf16", 1)])
+def test_predict_goes_on_with_a_file(exported, name: str, tokens: int):
+    # A GGUF file was no model to `predict`, and of others the weights were read as if they were in float32, before.
+    folder, _ = exported
+    served = find_served(str(folder / "export" / name))
+    assert served.task == "causal_lm"
+    text = texts(1)[0][:24].rstrip()
+    (found,) = open_model(served, Asked(max_tokens=tokens))([text])
+    model, own = LanguageExport("x", str(folder / "export" / name)).load_language(), tokenizer_of(folder / "student")
+    ids = own(text)["input_ids"]
+    for _ in range(tokens):
+        with torch.no_grad():
+            token = int(model(input_ids=torch.tensor([ids])).logits[0, -1, : len(own)].argmax())
+        if token == own.eos_token_id:
+            break
+        ids.append(token)
+    assert text + found["completion"] == own.decode(ids, skip_special_tokens=True)
+
+
+def test_predict_names_the_program_of_an_onnx_file(exported):
+    with pytest.raises(UserError, match=r"is a language model as ONNX, .* Use the program beside it, generate\.py"):
+        find_served(str(exported[0] / "export/onnx"))
 
 
 def test_the_onnx_file_goes_on_with_a_text_by_its_own_program(exported):

@@ -176,6 +176,11 @@ class OnnxModel(torch.nn.Module):
         options.log_severity_level = 3
         self._session = InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, by the name that transformers' models have for it."""
+        return torch.device("cpu")
+
     def logits(self, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """float32 (N, K)."""
         return np.asarray(self._session.run(["logits"], {"input_ids": input_ids, "attention_mask": attention_mask})[0])

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from raydistill.cache.counter_random import WRITING_STREAM, uniforms
+from raydistill.data.tokens import pack_by_length
 
+TOKENS_PER_BATCH = 4096  # of prompts and what is written after them
 ANSWER_BITS = 40  # a prompt's number is below 2^40
 
 
@@ -38,7 +41,7 @@ def write_tokens(
 
     The prompts have the same length. Tokens from `vocabulary` on, of a padded output layer, are never written.
     """
-    from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
     assert len({len(prompt) for prompt in prompts}) == 1, "prompts of several lengths"
     ids_BL = torch.tensor([list(prompt) for prompt in prompts for _ in range(answers)], device=model.device)
@@ -51,18 +54,61 @@ def write_tokens(
         if sampling.top_p < 1:
             steps.append(TopPLogitsWarper(sampling.top_p))
         steps.append(_Drawn(keys_B, ids_BL.shape[1], sampling.seed))
+    written = _generated(model, ids_BL, torch.ones_like(ids_BL), new_tokens, ends, steps)
+    return [written[start : start + answers] for start in range(0, len(written), answers)]
+
+
+def completions(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    ends: Sequence[int],
+    vocabulary: int,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> list[list[int]]:
+    """What a model goes on with after each prompt, the likeliest token each time: up to an end, with it, or so many.
+
+    Prompts of about the same length are one batch, padded on the left, where no position and no attention counts it.
+    Tokens from `vocabulary` on, of a padded output layer, are never written.
+    """
+    from transformers import LogitsProcessorList
+
+    found = list[list[int]]([[]] * len(prompts))
+    lengths_N = np.array([len(prompt) + new_tokens for prompt in prompts], np.int64)
+    for batch in pack_by_length(lengths_N, tokens_per_batch) if prompts else []:
+        longest = max(len(prompts[row]) for row in batch)
+        ids_BL = torch.full((len(batch), longest), _pad(ends), device=model.device)
+        mask_BL = torch.zeros_like(ids_BL)
+        for place, row in enumerate(batch.tolist()):
+            start = longest - len(prompts[row])
+            ids_BL[place, start:] = torch.tensor(prompts[row])
+            mask_BL[place, start:] = 1
+        made = _generated(model, ids_BL, mask_BL, new_tokens, ends, LogitsProcessorList([_Known(vocabulary)]))
+        for row, tokens in zip(batch.tolist(), made, strict=True):
+            found[row] = tokens
+    return found
+
+
+def _generated(
+    model: Any, ids_BL: torch.Tensor, mask_BL: torch.Tensor, new_tokens: int, ends: Sequence[int], steps: Any
+) -> list[list[int]]:
+    """What is written after each row, with the token that ended it, if one did; the steps change its logits."""
+    from transformers import GenerationConfig
+
     # The model's own settings, such as a temperature, are not what was asked for.
     model.generation_config = GenerationConfig()
-    pad = ends[0] if ends else 0
     settings = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=pad, use_cache=True
-    )
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=list(ends) or None, pad_token_id=_pad(ends),
+        use_cache=True,
+    )  # fmt: skip
     with torch.inference_mode():
-        made_BL = model.generate(
-            ids_BL, attention_mask=torch.ones_like(ids_BL), generation_config=settings, logits_processor=steps
-        )
-    written = [up_to_end(row, ends) for row in made_BL[:, ids_BL.shape[1] :].tolist()]
-    return [written[start : start + answers] for start in range(0, len(written), answers)]
+        made_BL = model.generate(ids_BL, attention_mask=mask_BL, generation_config=settings, logits_processor=steps)
+    return [up_to_end(row, ends) for row in made_BL[:, ids_BL.shape[1] :].tolist()]
+
+
+def _pad(ends: Sequence[int]) -> int:
+    return ends[0] if ends else 0
 
 
 def up_to_end(tokens: list[int], ends: Sequence[int]) -> list[int]:

@@ -47,16 +47,10 @@ def compare_models(sums: Mapping[str, Floats], *, resamples: int, seed: int) -> 
     The gap is that between control and teacher in nats.
     """
     names = [name for name in ("teacher", "student", "control") if f"nll_{name}" in sums]
-    _, unit_R = np.unique(sums["document"], return_inverse=True)
-    units = int(unit_R.max()) + 1
-    columns = [sums["positions"], *(sums[f"nll_{name}"] for name in names)]
-    of_units = np.stack([np.bincount(unit_R, column, units) for column in columns], axis=1)
-    measured = _nll(of_units.sum(axis=0)[None])[0]
-    drawn = np.concatenate([_nll(counts @ of_units) for counts in _resamples(units, resamples, seed)])
-    student, teacher = measured[1], measured[0]
+    measured, drawn, units = _over_documents(sums, names, resamples, seed)
+    teacher, student = measured[:2]
     result: dict[str, Any] = {
-        "retention": math.exp(teacher - student),
-        "retention_ci95": _interval(np.exp(drawn[:, 0] - drawn[:, 1])),
+        **_retention(measured, drawn),
         "gain_over_control": None, "gain_over_control_ci95": None, "gap_closed": None,
         "test_documents": units,
     }  # fmt: skip
@@ -66,6 +60,32 @@ def compare_models(sums: Mapping[str, Floats], *, resamples: int, seed: int) -> 
         result["gain_over_control_ci95"] = _interval(np.exp(drawn[:, 2]) - np.exp(drawn[:, 1]))
         result["gap_closed"] = (control - student) / (control - teacher) if control > teacher else None
     return result
+
+
+def retention(sums: Mapping[str, Floats], name: str, *, resamples: int, seed: int) -> dict[str, Any]:
+    """What another model keeps of the teacher, with its interval, as `compare_models` says it of the student."""
+    measured, drawn, _ = _over_documents(sums, ["teacher", name], resamples, seed)
+    return _retention(measured, drawn)
+
+
+def _over_documents(
+    sums: Mapping[str, Floats], names: list[str], resamples: int, seed: int
+) -> tuple[Floats, Floats, int]:
+    """Nats a position of these models, (M,), and in every resample of the documents, (S, M); how many those are."""
+    _, unit_R = np.unique(sums["document"], return_inverse=True)
+    units = int(unit_R.max()) + 1
+    columns = [sums["positions"], *(sums[f"nll_{name}"] for name in names)]
+    of_units = np.stack([np.bincount(unit_R, column, units) for column in columns], axis=1)
+    drawn = np.concatenate([_nll(counts @ of_units) for counts in _resamples(units, resamples, seed)])
+    return _nll(of_units.sum(axis=0)[None])[0], drawn, units
+
+
+def _retention(measured_M: Floats, drawn_SM: Floats) -> dict[str, Any]:
+    """Of the second model, from the first one's nats and its own."""
+    return {
+        "retention": math.exp(measured_M[0] - measured_M[1]),
+        "retention_ci95": _interval(np.exp(drawn_SM[:, 0] - drawn_SM[:, 1])),
+    }
 
 
 def of_training(sums: Mapping[str, Floats], student: str, control: str) -> dict[str, Any]:

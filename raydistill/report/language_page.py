@@ -40,14 +40,16 @@ SEED_FORMS: Forms = {
 
 def language_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison, as text."""
-    models = [name for name in MODELS if report.get(name)]
+    ours = [name for name in MODELS if report.get(name)]
+    others = report.get("others", [])
     rows: list[list[str]] = []
     for title, key, form in LINES:
-        values = [report[name].get(key) for name in models]
+        values = [one.get(key) for one in (*(report[name] for name in ours), *others)]
         if key.endswith("bytes"):
             values = [None if value is None else value / 1e6 for value in values]
         rows.append([title, *("" if value is None else form.format(value) for value in values)])
-    return ["", *models], rows + _harness_rows(report.get("harness") or {}, models)
+    harness = [row + [""] * len(others) for row in _harness_rows(report.get("harness") or {}, ours)]
+    return ["", *ours, *(one["name"] for one in others)], rows + harness
 
 
 def _harness_rows(found: dict[str, Any], models: list[str]) -> list[list[str]]:
@@ -83,9 +85,9 @@ def language_verdict(report: dict[str, Any]) -> list[str]:
             f"Learning from the teacher brought a perplexity {report['gain_over_control']:.3f} lower than that of the"
             f" same student without it (95 % interval {low:+.3f} to {high:+.3f}: {shown})."
         )
-        if report["gap_closed"] is not None:
+        if (report["gap_closed"] or 0) > 0:
             lines.append(f"That closes {report['gap_closed']:.0%} of the gap between control and teacher, in nats.")
-    lines += seeds_verdict(report, SEED_FORMS)
+    lines += seeds_verdict(report, SEED_FORMS) + _files(report)
     cache = report["cache"]
     if cache["codec"] == "none":
         return [*lines, "It learned from what the teacher wrote alone, and from none of its logits."]
@@ -94,6 +96,17 @@ def language_verdict(report: dict[str, Any]) -> list[str]:
         f" {cache['codec']} ({cache['promise']})."
     )
     return lines
+
+
+def _files(report: dict[str, Any]) -> list[str]:
+    """What each exported file keeps and weighs."""
+    whole = report["teacher"]
+    return [
+        f"Of the teacher's perplexity {one['name']} keeps {one['retention']:.1%}, with"
+        f" {whole['size_bytes'] / one['size_bytes']:.1f} times fewer bytes on disk and tokens written"
+        f" {one['decode_tokens_per_second'] / whole['decode_tokens_per_second']:.1f} times as fast."
+        for one in report.get("others", [])
+    ]
 
 
 def render_language(report: dict[str, Any]) -> str:

@@ -16,11 +16,10 @@ import torch
 from raydistill.data.chats import prompt_of
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
-from raydistill.models.loading import load_language_model
+from raydistill.models.writing import completions
 from raydistill.serving.served import Served
 from raydistill.stages.forward import Forward
 from raydistill.stages.language.answering import Decoder
-from raydistill.stages.language.generation import completions
 
 DIGITS = 6  # of a probability as it is written
 MAX_TOKENS = 128
@@ -117,7 +116,7 @@ class TextAnswers:
         self._room = served.max_length - self._new_tokens
         folder = served.source.folder()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_language_model(self._setting, folder).to(device)
+        self._model = served.source.load_language().to(device)
         self._tokenizer = load_tokenizer(folder, self._setting, pads=False)
         self._decoder = Decoder(served.source)
         if asked.chat and self._tokenizer.chat_template is None:
@@ -128,7 +127,7 @@ class TextAnswers:
         prompts = [self._tokens(text) for text in texts]
         made = completions(
             self._model, [p[-self._room :] for p in prompts], self._new_tokens, ends=self._decoder.ends,
-            pad_id=self._tokenizer.pad_token_id,
+            vocabulary=self._decoder.vocabulary,
         )  # fmt: skip
         return [
             {"completion": self._decoder.written(prompt, tokens).answer.text}

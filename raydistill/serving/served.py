@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raydistill.errors import UserError
 from raydistill.exports.folder import FACTS, ExportSource
+from raydistill.exports.language_folder import LanguageExport
 from raydistill.models.configuration import label_names, model_task, positions
 from raydistill.models.folders import base_folder
 from raydistill.models.source import ModelSource
@@ -54,8 +55,24 @@ def _source(location: str) -> ModelSource:
         raise unreachable(SETTING, location, error) from None
     if has_run:
         return _student(Run(store), location)
-    kind = ExportSource if has_export else ModelSource
+    kind = _exported(store.read(FACTS), location) if has_export else ModelSource
     return kind(SETTING, name, store_url=root) if is_remote else kind(SETTING, location)
+
+
+def _exported(facts: bytes, location: str) -> type[ExportSource]:
+    """A classifier's file has labels. Raises UserError for a language model's that keeps nothing between two tokens."""
+    try:
+        found = json.loads(facts)
+    except ValueError:
+        raise UserError(f"{SETTING}: {location}: its {FACTS} is not JSON. Export it again") from None
+    if "labels" in found:
+        return ExportSource
+    if found["format"] == "onnx":
+        raise UserError(
+            f"{SETTING}: {location}: is a language model as ONNX, which is not served here. Use the program beside it,"
+            " generate.py, or another format"
+        )
+    return LanguageExport
 
 
 def _student(run: Run, location: str) -> ModelSource:

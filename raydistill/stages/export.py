@@ -22,6 +22,7 @@ from raydistill.data.shards import read_split
 from raydistill.data.tokens import load_tokenizer, tokenise
 from raydistill.errors import UserError
 from raydistill.exports.folder import ExportSource, check_packages, write_export
+from raydistill.exports.language_folder import LanguageExport
 from raydistill.models.source import ModelSource
 from raydistill.record.commit import Manifest, commit_folder
 from raydistill.record.fingerprint import Plan
@@ -263,9 +264,10 @@ def in_words(facts: dict[str, Any]) -> str:
 
 def exported(config: Config, run: Run) -> dict[str, ExportSource]:
     """The finished files of a run by format, as models that can be compared."""
+    kind = LanguageExport if config.task == "causal_lm" else ExportSource
     formats = config.export.formats if config.export else ()
     return {
-        name: ExportSource(f"export/{name}", export_part(name), store_url=run.store.root)
+        name: kind(f"export/{name}", export_part(name), store_url=run.store.root)
         for name in formats
         if run.complete(export_part(name)) is not None
     }

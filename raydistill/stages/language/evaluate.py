@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from raydistill.config.run import Config
@@ -14,11 +15,12 @@ from raydistill.models.source import ModelSource
 from raydistill.record.commit import Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
-from raydistill.report.language import compare_models, language_metrics, of_training
+from raydistill.report.language import compare_models, language_metrics, of_training, retention
 from raydistill.report.over_seeds import over_seeds
 from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.environment import device_name, environment
 from raydistill.stages.evaluate import base_models, fingerprints, forwards_per_row, hub_datasets, size_bytes
+from raydistill.stages.export import exported
 from raydistill.stages.language.generation import measure_generation
 from raydistill.stages.language.harness import (
     TaskResults,
@@ -49,12 +51,14 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
         request = TrainingRequest("control", config, run, resources, teacher_source(config, run))
         control = train_student(request, progress)
         repeat("control", config, run, resources, progress)
-    plan = _plan(config, run, data, student, control)
+    files = exported(config, run)
+    plan = _plan(config, run, data, student, control, files)
     if run.begin("report", plan) is not None:
         progress.say("evaluate: complete")
         return standing_report(run)
     sources = {"teacher": teacher_source(config, run), "student": made_here("student", run)}
     sources |= {"control": made_here("control", run)} if config.evaluate.control else {}
+    ours, sources = tuple(sources), sources | files
     share = share_for_actors(resources, actors=config.teacher.actors, cpus_per_actor=config.teacher.cpus_per_actor)
     again = {part: made_here(part, run) for part in repeated_parts(config)}
     job = MeasuringJob(
@@ -69,10 +73,11 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
         name: {**language_metrics(sums, name), **speed[name], "size_bytes": size_bytes(source)}
         for name, source in sources.items()
     }
-    comparison = compare_models(sums, resamples=config.evaluate.bootstrap, seed=config.evaluate.seed)
-    report = _report(config, run, data, models, comparison, plan)
+    bootstrap = {"resamples": config.evaluate.bootstrap, "seed": config.evaluate.seed}
+    comparison = compare_models(sums, **bootstrap) | {"others": _others(files, models, sums, bootstrap)}
+    report = _report(config, run, data, {name: models[name] for name in ours}, comparison, plan)
     if config.evaluate.harness is not None:
-        report["harness"] = _harness(sources, config, run, plan, resources, progress)
+        report["harness"] = _harness({name: sources[name] for name in ours}, config, run, plan, resources, progress)
     if again:
         report["seeds"] = over_seeds(
             [_training(sums, config.train.seed), *(_training(sums, one.seed, one) for one in repetitions(config))]
@@ -81,7 +86,22 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     return report
 
 
-def _plan(config: Config, run: Run, data: Manifest, student: Manifest, control: Manifest | None) -> Plan:
+def _others(
+    files: Mapping[str, ModelSource], models: dict[str, Any], sums: dict[str, Any], bootstrap: dict[str, int]
+) -> list[dict[str, Any]]:
+    """The figures of exported files; what they write is not shown."""
+    figures = {name: {key: value for key, value in models[name].items() if key != "samples"} for name in files}
+    return [{"name": name, "kind": "export", **figures[name], **retention(sums, name, **bootstrap)} for name in files]
+
+
+def _plan(
+    config: Config,
+    run: Run,
+    data: Manifest,
+    student: Manifest,
+    control: Manifest | None,
+    files: Mapping[str, ModelSource],
+) -> Plan:
     """Everything that the report depends on."""
     inputs = {
         "data": data.fingerprint, "student": student.fingerprint,
@@ -91,6 +111,7 @@ def _plan(config: Config, run: Run, data: Manifest, student: Manifest, control: 
         **(harness_inputs(config.evaluate.harness) if config.evaluate.harness else {}),
     }  # fmt: skip
     again = {part: manifest.fingerprint for part, manifest in repeated(config, run).items()}
+    inputs |= {"compared": {name: source.identity() for name, source in files.items()}} if files else {}
     return Plan("report", inputs | ({"seeds": again} if again else {}))
 
 

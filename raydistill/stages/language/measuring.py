@@ -1,5 +1,5 @@
-"""Teacher, student and control over test rows, position by position, side by side: sums for every row, and of every
-position how certain a model was and whether it was right.
+"""The models of a report over test rows, position by position, side by side: sums for every row, and of every position
+how certain a model was and whether it was right.
 
 Shapes: R rows, L tokens of the longest row, N positions, C of a chunk, V vocabulary.
 """
@@ -7,6 +7,7 @@ Shapes: R rows, L tokens of the longest row, N positions, C of a chunk, V vocabu
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 
 from raydistill.data.token_shards import TokenShard, read_token_shard
 from raydistill.data.tokens import pack_by_length, pad
+from raydistill.exports.onnx_file import OnnxModel
 from raydistill.losses.token_measures import own_measures, teacher_measures
-from raydistill.models.loading import load_language_model
 from raydistill.models.source import ModelSource
 from raydistill.next_token import chunk_of, hidden_states, output_head
 from raydistill.record.commit import Entry, commit_shard, committed_shard, open_verified
@@ -58,11 +59,10 @@ class Measurer:
         self._job = job
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._data, self._output = open_store(job.data_url), open_store(job.output_url)
-        self._models = {
-            name: load_language_model(source.setting, source.folder(), dtype=DTYPES[job.dtype]).to(self._device)
-            for name, source in job.sources
-        }
-        self._heads = {name: output_head(model, job.vocabulary) for name, model in self._models.items()}
+        self._models = {name: source.load_language(DTYPES[job.dtype]).to(self._device) for name, source in job.sources}
+        self._budget = job.tokens_per_batch or TOKENS_PER_BATCH[self._device.type]
+        if any(isinstance(model, OnnxModel) for model in self._models.values()):  # it makes whole logits
+            self._budget = min(self._budget, chunk_of(job.vocabulary))
 
     def score_shard(self, entry: Entry) -> tuple[Entry, dict[str, Any]]:
         """Measures and commits one shard, unless it stands."""
@@ -80,9 +80,8 @@ class Measurer:
         found: dict[str, np.ndarray] = {}
         counts_R = shard.learnt_R
         begins_R = np.cumsum(counts_R) - counts_R
-        budget = self._job.tokens_per_batch or TOKENS_PER_BATCH[self._device.type]
         with torch.inference_mode():
-            for rows in pack_by_length(shard.lengths_R, budget):
+            for rows in pack_by_length(shard.lengths_R, self._budget):
                 inputs = pad([shard.row(int(row)) for row in rows], 0)
                 inputs = {name: value.to(self._device) for name, value in inputs.items()}
                 positions = [shard.positions(int(row)) for row in rows]
@@ -105,13 +104,14 @@ class Measurer:
         rows_N = torch.from_numpy(np.repeat(np.arange(len(positions)), [len(at) for at in positions])).to(self._device)
         at_N = torch.from_numpy(np.concatenate(positions)).to(self._device)
         labels_N = inputs["input_ids"][rows_N, at_N + 1]
-        hidden = {name: hidden_states(model, inputs)[rows_N, at_N] for name, model in self._models.items()}
+        vocabulary = self._job.vocabulary
+        logits = {name: _logits_at(model, inputs, rows_N, at_N, vocabulary) for name, model in self._models.items()}
         parts: dict[str, list[np.ndarray]] = {}
-        for start in range(0, len(at_N), chunk := chunk_of(self._job.vocabulary)):
+        for start in range(0, len(at_N), chunk := chunk_of(vocabulary)):
             cut = slice(start, start + chunk)
             teacher_CV: torch.Tensor | None = None
-            for name, head in self._heads.items():
-                logits_CV = head.logits(hidden[name][cut])
+            for name, of_cut in logits.items():
+                logits_CV = of_cut(cut)
                 check_finite(logits_CV, torch.from_numpy(row_ids)[rows_N[cut].cpu()], at_N[cut])
                 found = own_measures(logits_CV, labels_N[cut])
                 found["right"] = found["accuracy"]
@@ -122,6 +122,17 @@ class Measurer:
                 for measure, values_C in found.items():
                     parts.setdefault(f"{measure}_{name}", []).append(values_C.cpu().numpy())
         return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def _logits_at(
+    model: Any, inputs: dict[str, torch.Tensor], rows_N: torch.Tensor, at_N: torch.Tensor, vocabulary: int
+) -> Callable[[slice], torch.Tensor]:
+    """What gives a model's logits, float32 (C, V), at some of these positions, of which it is asked once here."""
+    if isinstance(model, OnnxModel):
+        logits_NV = model(**inputs).logits[rows_N, at_N, :vocabulary]
+        return lambda cut: logits_NV[cut]
+    head, hidden_ND = output_head(model, vocabulary), hidden_states(model, inputs)[rows_N, at_N]
+    return lambda cut: head.logits(hidden_ND[cut])
 
 
 def write_measures(
