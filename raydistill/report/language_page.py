@@ -45,6 +45,8 @@ def language_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows: list[list[str]] = []
     for title, key, form in LINES:
         values = [one.get(key) for one in (*(report[name] for name in ours), *others)]
+        if not any(value is not None for value in values):  # of a report that was made before it was measured
+            continue
         if key.endswith("bytes"):
             values = [None if value is None else value / 1e6 for value in values]
         rows.append([title, *("" if value is None else form.format(value) for value in values)])
