@@ -294,6 +294,26 @@ def test_an_export_of_another_student_is_refused_until_it_is_done_again(made: Co
     assert run_of(config).require("export/safetensors-bf16").facts["rows"] == 80
 
 
+def test_exports_that_are_done_again_are_those_that_changed_or_else_all(runs: SmallRuns, tmp_path: Path):
+    # All of them were set aside, whichever had changed, before.
+    loose = {"export.max_accuracy_loss": 1, "export.min_agreement": 0}
+    folder = runs.start("train")
+    shutil.copytree(runs.whole / "student", folder / "student")
+    both = {"export.formats": ["onnx", "safetensors-bf16"], **loose}
+    assert runs.run(folder, "export", changes=both)["error"] is None
+    other = both | {"export.min_agreement": 0.01}  # which determines the rounded file alone
+    answer = runs.run(folder, "export", changes=other, redo="export")
+    assert answer["error"] is None
+    assert "export: onnx is complete" in answer["said"]
+    assert sorted(path.name for path in (folder / "export").iterdir()) == [
+        "onnx", "safetensors-bf16", "safetensors-bf16.1"
+    ]  # fmt: skip
+    assert runs.run(folder, "export", changes=other, redo="export")["error"] is None  # all fit: all are made again
+    assert sorted(path.name for path in (folder / "export").iterdir()) == [
+        "onnx", "onnx.1", "safetensors-bf16", "safetensors-bf16.1", "safetensors-bf16.2"
+    ]  # fmt: skip
+
+
 def test_a_package_that_is_missing_is_named_with_its_extra(made: Config, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(onnx_file, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(UserError, match=r"onnx needs onnxruntime\. Install it: pip install 'raydistill\[onnx\]'"):

@@ -183,6 +183,24 @@ def test_redo_keeps_them_all_aside(runs: SmallRuns):
     assert not is_aside("seeds/1/student/model.safetensors")
 
 
+def test_a_report_over_more_seeds_keeps_the_controls_that_stand(runs: SmallRuns):
+    # It took all of them aside and trained them again, before.
+    folder, changes = runs.start("train"), {"train.epochs": 1}
+    assert runs.run(folder, "train", "evaluate", changes=changes)["error"] is None
+    made = (folder / "control/model/MANIFEST.json").read_bytes()
+    more = changes | {"train.seeds": 2}
+    assert runs.run(folder, "train", changes=more)["error"] is None
+    refused = runs.run(folder, "evaluate", changes=more)["error"]
+    assert "report: seeds: was made with" in refused
+    answer = runs.run(folder, "evaluate", changes=more, redo="evaluate")
+    assert answer["error"] is None, answer["error"]
+    assert (folder / "control/model/MANIFEST.json").read_bytes() == made
+    assert (folder / "seeds/1/control/model/MANIFEST.json").exists()
+    assert not (folder / "control/model.1").exists()
+    assert (folder / "report.1/report.json").exists()
+    assert len(report_of(folder)["seeds"]["trainings"]) == 2
+
+
 def test_a_student_whose_start_needs_rows_gives_it_to_its_control(runs: SmallRuns):
     folder = runs.start("train")
     changes = {**SEEDS, "train.seeds": 2, "student": {"init": "teacher_layers", "layers": [1], "trim_vocabulary": True}}

@@ -129,8 +129,7 @@ class Run:
 
     def _make_way(self, part: str, plan: Plan) -> None:
         self.check(part, plan)
-        standing = self.plan(part)
-        if standing is not None and standing.fingerprint != plan.fingerprint:
+        if self.outdated(part, plan):
             self.set_aside(part)
 
     def _made_for(self, part: str, plan: Plan) -> Manifest | None:
@@ -140,10 +139,15 @@ class Run:
             return None
         return manifest
 
+    def outdated(self, part: str, plan: Plan) -> bool:
+        """Whether a part stands there for another plan."""
+        standing = self.plan(part)
+        return standing is not None and standing.fingerprint != plan.fingerprint
+
     def check(self, part: str, plan: Plan) -> None:
         """Raises UserError when the part stands there for another plan and the user did not ask to redo it."""
         standing = self.plan(part)
-        if standing is None or standing.fingerprint == plan.fingerprint:
+        if standing is None or not self.outdated(part, plan):
             return
         if (self.lender and _is_lent(part)) or not self.redo or not _later(part_of(part).stage, self.redo):
             raise UserError(self._mismatch(part, standing, plan))

@@ -14,7 +14,7 @@ from raydistill.record.run import Run, open_run, part_of
 from raydistill.stages.check_search import check_search, check_search_stands
 from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.compared import check_compared
-from raydistill.stages.export import check_export
+from raydistill.stages.export import check_export, export_part, export_plan
 from raydistill.stages.extra_sets import check_sets
 from raydistill.stages.language.synthesis import answer_prompts
 from raydistill.stages.language.text_plan import answers_plan
@@ -50,10 +50,8 @@ def run_stages(
             check_plans(config, run, stages, resources, task.cache_plan)
             if config.tune is not None:
                 check_search_stands(config, run, stages, resources)
-            if redo:
-                for part in run.parts():
-                    if part_of(part).stage == redo:
-                        run.set_aside(part)
+            for part in made_again(config, run, redo) if redo else ():
+                run.set_aside(part)
             write_config(config, run)
             if "prepare" in stages:
                 if config.data.synthesis is not None:
@@ -97,6 +95,22 @@ def check(config: Config, run: Run, stages: tuple[str, ...], progress: Progress)
         check_compared(config, labels)
         check_sets(config, labels)
     return surveyed
+
+
+def made_again(config: Config, run: Run, stage: str) -> list[str]:
+    """What is set aside at once when a stage is done again; of its other parts `begin` sets aside what does not fit.
+
+    A report's control, its further seeds and the 8-bit teacher stay where they fit: they are trainings and files with
+    settings of their own. Of exported files those that were made for other settings are made again, or all of them
+    where none was.
+    """
+    if stage == "evaluate":
+        return ["report"]
+    if stage == "export" and config.export is not None and (student := run.complete("student")) is not None:
+        found = {name: export_plan(config, name, student) for name in config.export.formats}
+        if any(run.outdated(export_part(name), plan) for name, plan in found.items()):
+            return []
+    return [part for part in run.parts() if part_of(part).stage == stage]
 
 
 def write_config(config: Config, run: Run) -> None:
