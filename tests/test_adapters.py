@@ -9,7 +9,7 @@ import pytest
 import torch
 from run_files import equal, facts, points, student_weights
 from safetensors.torch import load_file
-from tiny_models import ENCODERS, LABELS, outputs, tiny
+from tiny_models import ENCODERS, LABELS, outputs, tiny, with_trained_adapters
 
 from raydistill import adapters
 from raydistill.config.student import Lora, Student
@@ -37,13 +37,7 @@ def build(architecture: str) -> Any:
 
 
 def trained(architecture: str, **settings: Any) -> Any:
-    """A PeftModel whose trained parameters have moved."""
-    adapted = adapters.add_adapters(build(architecture), Lora(**settings), seed=0)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
-    return adapted
+    return with_trained_adapters(build(architecture), **settings)
 
 
 @every_architecture

@@ -10,6 +10,7 @@ import torch
 from language_runs import mean_nll, tiny_language_model
 from run_files import checkpoint_weights, equal, facts, points, student_weights
 from safetensors.numpy import load_file
+from tiny_models import with_trained_adapters
 
 from raydistill import adapters
 from raydistill.config.run import Config
@@ -30,13 +31,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def trained(architecture: str, **settings: Any) -> Any:
-    """A PeftModel whose trained parameters have moved."""
-    adapted = adapters.add_adapters(tiny_language_model(architecture), Lora(**settings), seed=0)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
-    return adapted
+    return with_trained_adapters(tiny_language_model(architecture), **settings)
 
 
 @every_architecture

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from raydistill.adapters import add_adapters
+from raydistill.config.student import Lora
 from raydistill.tickets import CATEGORIES
 
 LABELS = sorted(CATEGORIES)
@@ -37,6 +39,16 @@ def tiny(architecture: str, **changes: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def with_trained_adapters(model: Any, **settings: Any) -> Any:
+    """The model as a PeftModel whose trained parameters have moved."""
+    adapted = add_adapters(model, Lora(**settings), seed=0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+    return adapted
 
 
 def batch() -> dict[str, torch.Tensor]:
