@@ -16,9 +16,9 @@ from raydistill.data.packing import pack_inputs
 from raydistill.errors import UserError
 from raydistill.losses.fused_linear import token_loss
 from raydistill.losses.token_measures import chunks, own_measures, selected, teacher_measures
-from raydistill.losses.token_objective import Teacher, TokenObjective
+from raydistill.losses.token_objective import CrossTeacher, Teacher, TokenObjective
 from raydistill.models.row_attention import with_rows
-from raydistill.targets import OutputHead
+from raydistill.targets import OutputHead, RankTargets, SpanTargets
 
 MODEL_PREFIX = "model."
 CHUNK_NUMBERS = 1 << 24  # logits that live at once
@@ -95,7 +95,7 @@ class NextTokenModel(torch.nn.Module):
 
     def forward(
         self, inputs: dict[str, torch.Tensor], places_N: torch.Tensor, labels_N: torch.Tensor,
-        teacher: Teacher | None = None, objective: TokenObjective | None = None,
+        teacher: Teacher | CrossTeacher | None = None, objective: TokenObjective | None = None,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """With an objective the loss's sum and its parts, one after the other; without one the sums of MEASURES."""
         hidden_PWD = hidden_states(self.model, inputs)
@@ -126,8 +126,9 @@ class _Head(torch.nn.Module):
         self._softcap = getattr(model.config, "final_logit_softcapping", None)
 
     def forward(
-        self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, teacher: Teacher | None, objective: TokenObjective | None
-    ) -> tuple[torch.Tensor, ...]:
+        self, hidden_ND: torch.Tensor, labels_N: torch.Tensor, teacher: Teacher | CrossTeacher | None,
+        objective: TokenObjective | None,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         device = hidden_ND.device.type
         if torch.is_autocast_enabled(device):  # a norm's float32 would widen the largest product of all
             hidden_ND = hidden_ND.to(torch.get_autocast_dtype(device))
@@ -137,6 +138,7 @@ class _Head(torch.nn.Module):
         chunk = chunk_of(self._vocabulary)
         with torch.autocast(device, enabled=False):
             if objective is None:
+                assert not isinstance(teacher, SpanTargets | RankTargets), "of single positions they say nothing"
                 head = OutputHead(weight_VD, bias_V, softcap=self._softcap)
                 return self._measures(head, hidden_ND, labels_N, teacher, chunk)
             loss = token_loss(

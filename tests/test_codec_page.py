@@ -14,7 +14,7 @@ def test_the_reader_of_the_page_reads_what_training_reads(language_runs):
     from raydistill.record.commit import read_manifest
     from raydistill.record.store import LocalStore
 
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict = {}
     exec(code, names)
     store = LocalStore(str(language_runs.whole))

@@ -6,7 +6,8 @@ What the cache holds of each codec, by its name in language_codecs:
     hidden                  the last hidden state: hidden_shards, with the output head once, in head.parquet
     dense                   every logit in float16, as a feature of the vocabulary's width: feature_shards
 
-A shard has a row for each row of its data shard, and of a row the positions whose next token is learnt from.
+A shard has a row for each row of its data shard, and of a row the positions whose next token is learnt from. With
+text_logprobs another one stands by it, as text-NAME, of what the teacher gives to these tokens (text_logprobs).
 
 Shapes: R rows, N positions, V vocabulary, D width of hidden states.
 """

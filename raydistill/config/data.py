@@ -127,6 +127,11 @@ class Data(Section):
     label_separator: str = Field(
         default="|", min_length=1, max_length=16, description="task multi_label: between the names in a text"
     )
+    keep_text: bool = Added(
+        False,
+        description="causal_lm: each row's text, and where in it tokens end, for students with another tokenizer;"
+        " absent: with train.loss.cross_tokenizer",
+    )
     delimiter: str = Field(default=",", min_length=1, max_length=1, description="of CSV files")
     max_length: int = Field(
         default=128, ge=2, le=131_072, description="tokens a row may have; longer rows are truncated"

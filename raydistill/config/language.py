@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from raydistill.config.cross_tokenizer import check_cross_tokenizer, set_cross_defaults
 from raydistill.config.export import CLASS_FORMATS, LANGUAGE_FORMATS
 from raydistill.config.loss import WITHOUT_TEMPERATURE
-from raydistill.config.section import MAX_SEED, Section
+from raydistill.config.section import MAX_SEED, Added, Section
 
 SPARSE = ("sampled", "random", "topk")
 
@@ -33,6 +34,12 @@ class NextTokens(Section):
     )
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="sampled, random: of the draws and of rounding")
 
+    text_logprobs: bool = Added(
+        False,
+        description="the log-probability of the token that stands there too, two bytes, for students with another"
+        " tokenizer; absent: with train.loss.cross_tokenizer: spans",
+    )
+
     @model_validator(mode="after")
     def _settings_fit_codec(self) -> NextTokens:
         used = {"sampled": ("kept", "units", "probabilities", "seed"), "random": ("kept", "probabilities", "seed")}
@@ -40,6 +47,8 @@ class NextTokens(Section):
         for name in ("kept", "units", "probabilities", "seed"):
             if getattr(self, name) != type(self).model_fields[name].default and name not in used[self.codec]:
                 raise ValueError(f"{name} means nothing with codec: {self.codec}; remove it")
+        if self.codec == "none" and self.text_logprobs:
+            raise ValueError("text_logprobs means nothing with codec: none, which asks nothing of a teacher; remove it")
         if self.codec == "sampled" and self.kept < 2:
             raise ValueError("kept: a sample keeps at least 2 tokens, found 1; raise it")
         return self
@@ -84,9 +93,11 @@ OWN: dict[str, tuple[str, ...]] = {
         "synthesis",
         "answered",
         "unlabelled_share",
+        "keep_text",
     ),
     "teacher": ("next_tokens",),
-    "student": ("tie_embeddings",),
+    "student": ("tie_embeddings", "tokenizer", "max_length"),
+    "train.loss": ("cross_tokenizer",),
     "export": ("max_perplexity_rise",),
     "evaluate": ("samples", "sample_tokens", "harness"),
 }
@@ -98,6 +109,9 @@ def with_defaults(tree: Any) -> Any:
     if not isinstance(tree, dict) or tree.get("task") != "causal_lm":
         return tree
     tree = copy.deepcopy(tree)
+    train = tree.get("train")
+    own = train.get("loss") if isinstance(train, dict) else None
+    set_cross_defaults(tree, [*([own] if isinstance(own, dict) else []), *_losses_of_stages(train)])
     for place, value in DEFAULTS.items():
         section: Any = tree
         for name in place[:-1]:
@@ -154,12 +168,16 @@ def check_language(config: Any) -> None:
     _check_columns(config.data)
     _check_written(config)
     _check_student(config.student)
+    check_cross_tokenizer(config)
 
 
 def check_other_task(config: Any) -> None:
     """Raises ValueError for a setting that means nothing with another task than causal_lm."""
     if name := _first_set(config, OWN):
         raise ValueError(f"{name} means nothing with task: {config.task}; remove it, or set task: causal_lm")
+    for number, stage in enumerate(config.train.stages or ()):
+        if stage.loss is not None and (name := _set_in(stage.loss, OWN["train.loss"], "loss.")):
+            raise ValueError(f"train.stages[{number}].{name} means nothing with task: {config.task}; remove it")
     _check_formats(config, CLASS_FORMATS)
 
 

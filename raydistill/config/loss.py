@@ -64,6 +64,11 @@ class Loss(Section):
     course: Literal["linear", "cosine"] | None = Added(
         None, description="from the first step to temperature_end and alpha_end; absent: linear"
     )
+    cross_tokenizer: Literal["spans", "uld"] | None = Added(
+        None,
+        description="causal_lm: the student has a tokenizer of its own, and learns the teacher's probability of spans"
+        " of text that both tokenizers end at (arXiv:2503.20083), or sorted probabilities (arXiv:2402.12030)",
+    )
     beta: float | None = Field(
         default=None, ge=0, le=1, description="jsd: from forward KL (0) to reverse KL (1); absent: 0.5"
     )

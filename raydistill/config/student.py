@@ -93,6 +93,13 @@ class Student(Section):
     tie_embeddings: bool | None = Added(
         None, description="causal_lm, config: the output layer is the embeddings; absent: the architecture's own"
     )
+    tokenizer: str | None = Added(
+        None, min_length=1, description="config, train.loss.cross_tokenizer: a folder or a hub id of another tokenizer"
+    )
+    max_length: int | None = Added(
+        None, ge=2, le=131_072,
+        description="train.loss.cross_tokenizer: tokens of the student's that a row may have; absent: data.max_length",
+    )  # fmt: skip
     lora: Lora | None = Added(None, description="adapters are trained; absent: every weight is")
 
     @model_validator(mode="after")
@@ -118,9 +125,9 @@ class Student(Section):
         chosen = ("layers", "importance", "importance_rows")
         needed = {"pretrained": ("model",), "config": ("hidden_size", "num_layers"), "teacher_layers": ()}[self.init]
         foreign = {
-            "pretrained": (*chosen, *sizes, "num_layers", *width),
+            "pretrained": (*chosen, *sizes, "num_layers", *width, "tokenizer"),
             "config": (*chosen, "model", "revision", "max_positions"),
-            "teacher_layers": ("model", "revision", *sizes),
+            "teacher_layers": ("model", "revision", *sizes, "tokenizer", "max_length"),
         }[self.init]
         for name in needed:
             if getattr(self, name) is None:

@@ -23,7 +23,7 @@ from raydistill.errors import UserError, first_line
 Reason = Literal[
     "empty text", "null text", "text is not text", "over max_row_bytes", "null label", "label is not a name",
     "malformed", "no token to learn from", "messages are malformed", "the template refuses the messages",
-    "no response", "no room for a response", "an empty response",
+    "no response", "no room for a response", "an empty response", "a text that the tokenizer changes",
 ]  # fmt: skip
 
 

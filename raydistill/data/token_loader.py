@@ -20,8 +20,8 @@ from raydistill.data.packing import dealt, pack_inputs, packed
 from raydistill.data.token_order import token_batches, token_steps
 from raydistill.data.token_shards import TokenShard, read_token_shard
 from raydistill.errors import UserError
-from raydistill.losses.token_objective import Teacher
-from raydistill.record.commit import Manifest
+from raydistill.losses.token_objective import CrossTeacher, Teacher
+from raydistill.record.commit import Entry, Manifest
 from raydistill.record.store import Store
 
 Int64 = npt.NDArray[np.int64]
@@ -39,13 +39,13 @@ class TokenBatch:
     inputs: dict[str, torch.Tensor]
     places_N: torch.Tensor
     labels_N: torch.Tensor
-    teacher: Teacher | None
+    teacher: Teacher | CrossTeacher | None
     rows: int
     rows_N: torch.Tensor
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """A shard as training needs it: rows_R are those that are chosen, by their places in it."""
 
     tokens: TokenShard
@@ -71,13 +71,17 @@ class TokenSplit:
         self._lengths: list[Int64] = []
         self._learnt: list[Int64] = []
         for entry in self.entries:  # of a shard that is not needed yet, these alone are kept
-            shard = read_token_shard(store, entry)
+            shard = self._read(entry)
             chosen_R = self._rows(shard)
             self._lengths.append(shard.lengths_R[chosen_R])
             self._learnt.append(shard.learnt_R[chosen_R])
         self.rows = int(sum(part.sum() for part in self._learnt))  # of what a loss is a mean: positions
         self.tokens = int(sum(part.sum() for part in self._lengths))
         self._held = HeldShards(self._load)
+
+    def _read(self, entry: Entry) -> TokenShard:
+        """The rows of a data shard, as the model that learns has them."""
+        return read_token_shard(self._store, entry)
 
     def _rows(self, shard: TokenShard) -> Int64:
         """The rows of a shard that are chosen, by their places in it."""
@@ -94,13 +98,13 @@ class TokenSplit:
         """Optimiser steps of an epoch."""
         return token_steps(self.tokens, batch_tokens)
 
-    def _load(self, number: int) -> _Held:
+    def _load(self, number: int) -> Held:
         tokens = read_token_shard(self._store, self.entries[number])
         if self._cache is None or self._kept is None:
-            return _Held(tokens, None, self._rows(tokens))
+            return Held(tokens, None, self._rows(tokens))
         entry = self._kept[number]
         teacher = self._cache.shard(entry, row_ids_R=tokens.row_ids_R, positions_R=tokens.learnt_R)
-        return _Held(tokens, teacher, self._rows(tokens))
+        return Held(tokens, teacher, self._rows(tokens))
 
     def batch(self, places: Int64, *, counts: bool = True) -> TokenBatch:
         """The batch of these (shard, row) pairs; without `counts` none of their positions is learnt from."""
@@ -117,23 +121,27 @@ class TokenSplit:
             inputs,
             torch.from_numpy(np.concatenate(where)),
             torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-            self._teacher(shards, places) if self._cache and counts else None,
+            self._teacher(places) if self._cache and counts else None,
             sum(map(len, positions)),
             torch.from_numpy(np.repeat(np.arange(len(rows)), [len(at) for at in positions])),
         )
 
-    def _teacher(self, shards: dict[int, _Held], places: Int64) -> Teacher:
+    def _teacher(self, places: Int64) -> Teacher | CrossTeacher:
         """What the teacher says at the positions of these rows, in their order."""
+        return self._targets(places, self._learnt)
+
+    def _targets(self, places: Int64, learnt: list[Int64]) -> Teacher:
+        """What the cache holds of these rows, each of which has so many positions by its shard and place."""
         assert self._cache is not None
         parts, order = [], np.empty(len(places), np.int64)
-        done = 0
-        for number, held in shards.items():
-            mine = np.flatnonzero(places[:, 0] == number)
+        done, numbers = 0, [int(number) for number in np.unique(places[:, 0])]
+        for number in numbers:
+            mine, held = np.flatnonzero(places[:, 0] == number), self._held[number]
             assert held.teacher is not None
             parts.append(held.teacher.targets(held.rows_R[places[mine, 1]]))
             order[mine] = np.arange(done, done + len(mine))
             done += len(mine)
-        counts = np.concatenate([self._learnt[n][places[places[:, 0] == n, 1]] for n in shards])
+        counts = np.concatenate([learnt[n][places[places[:, 0] == n, 1]] for n in numbers])
         begins = np.cumsum(counts) - counts
         wanted = [np.arange(begins[place], begins[place] + counts[place]) for place in order]
         return self._cache.joined(parts, torch.from_numpy(np.concatenate(wanted)))
@@ -166,9 +174,9 @@ class TokenSplit:
         self._held.close()
 
 
-def check_vocabulary(data: Manifest, vocabulary: int, what: str) -> None:
-    """Raises UserError for a model that lacks tokens which the data hold."""
-    if (needed := data.facts["vocabulary"]) > vocabulary:
+def check_vocabulary(needed: int, vocabulary: int, what: str) -> None:
+    """Raises UserError for a model that lacks tokens of the tokenizer that its rows are made with."""
+    if needed > vocabulary:
         raise UserError(
             f"{what}: knows {vocabulary} tokens, the data's tokenizer has {needed}. Use one that knows them all"
         )

@@ -10,6 +10,9 @@ A text longer than a row is split into rows that share one token: the last of on
 read and not learnt, so that every token of a text but its first is predicted once. With `cut`, and for a response that
 is too long, what does not fit is left out. A document without a token to learn from makes no row.
 
+With `measured`, a row keeps its text, and where in it each token ends, for students with another tokenizer. A document
+that the tokenizer changes, to lower case for example, has no such place, and is dropped.
+
 A prompt that is asked is given to the teacher as its row stands up to the response. What the teacher wrote becomes rows
 as other responses do; the end of one that did not come to it is not learnt.
 
@@ -19,7 +22,7 @@ Shapes: L tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,10 +41,12 @@ from raydistill.data.chats import (
 from raydistill.data.documents import Document
 from raydistill.data.duplicates import text_key
 from raydistill.data.sources import Dropped, Reason
+from raydistill.data.token_bytes import TokenBytes
 
 CHUNK_DOCUMENTS = 256
 NOTHING_LEARNT: Reason = "no token to learn from"
 NO_ROOM: Reason = "no room for a response"
+CHANGED: Reason = "a text that the tokenizer changes"
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,27 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class RowText:
+    """The bytes that a row's tokens stand for, which may begin or end within a character, and where each token ends.
+
+    given: how many of them are a prompt, which is tokenised apart. begins and has_end: whether the row's text begins
+    its document and ends it; a token that says so stands for no byte.
+    """
+
+    data: bytes
+    ends_L: npt.NDArray[np.int32]
+    given: int
+    begins: bool
+    has_end: bool
+
+
+@dataclass(frozen=True)
 class TokenRow:
     """A row of tokens, int32, and which of them are learnt from; the first never is."""
 
     tokens_L: npt.NDArray[np.int32]
     learnt_L: npt.NDArray[np.bool_]
+    text: RowText | None = None
 
     @property
     def learnt(self) -> int:
@@ -78,7 +99,7 @@ class Tokenised:
     """A document as rows, of which it has none where nothing of it can be learnt; whether it did not fit into one.
 
     file and number say where it stands; key is a hash of its text. prompt is there where it is asked and leaves room
-    for a response.
+    for a response. Of one without rows or prompt, unusable says why.
     """
 
     file: int
@@ -87,16 +108,21 @@ class Tokenised:
     rows: tuple[TokenRow, ...]
     is_long: bool
     prompt: TokenPrompt | None = None
+    unusable: Reason = NOTHING_LEARNT
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How documents become rows: `splits` says what becomes of a text longer than max_length tokens."""
+    """How documents become rows: `splits` says what becomes of a text longer than max_length tokens.
+
+    measured: the tokenizer's tokens in bytes, where rows keep their texts.
+    """
 
     tokenizer: Any
     max_length: int
     splits: bool
     learnt_roles: tuple[str, ...] = ("assistant",)
+    measured: TokenBytes | None = None
     begin: tuple[int, ...] = field(init=False)
     end: tuple[int, ...] = field(init=False)
 
@@ -117,10 +143,28 @@ class Rules:
             tokens = np.array([*given, *text, *self.end], np.int32)
             if document.text is None:
                 yield self._made(document, (), 0, asked)
-            elif document.prompt is None:
-                yield self._made(document, tuple(self._of_text(tokens)), len(tokens))
-            else:
-                yield self._made(document, self._of_prompt(tokens, len(given)), len(tokens), asked)
+                continue
+            rows = self._of_text(tokens) if document.prompt is None else self._of_prompt(tokens, len(given))
+            if self.measured is None:
+                yield self._made(document, rows, len(tokens), asked)
+                continue
+            whole = self._whole_text((document.prompt or "", prompt), (document.text, text), has_end=True)
+            kept = _with_texts(rows, whole) if whole else ()
+            found = self._made(document, kept, len(tokens), asked)
+            yield found if whole else replace(found, unusable=CHANGED)
+
+    def _whole_text(
+        self, prompt: tuple[str, list[int]], text: tuple[str, list[int]], *, has_end: bool
+    ) -> RowText | None:
+        """What all tokens of a document stand for, were they one row; None where the tokenizer changes it."""
+        assert self.measured is not None
+        before, after = (self.measured.ends(ids, written) for written, ids in (prompt, text))
+        if before is None or after is None:
+            return None
+        given, rest = prompt[0].encode(), text[0].encode()
+        end = [len(given) + len(rest)] * len(self.end if has_end else ())
+        ends_L = np.concatenate([np.zeros(len(self.begin)), before, len(given) + after, end]).astype(np.int32)
+        return RowText(given + rest, ends_L, len(given), True, has_end)
 
     def answered(self, prompt: TokenPrompt, answers: Sequence[Answer], file: int, number: int) -> Tokenised:
         """A prompt with what a model wrote, a row for each response; an empty one makes none."""
@@ -130,8 +174,13 @@ class Rules:
         if prompt.messages is None:
             for answer, ids in zip(written, self._ids([answer.text for answer in written]), strict=True):
                 tokens = np.array([*prompt.tokens_L, *ids, *(self.end if answer.has_end else ())], np.int32)
+                found = self._of_prompt(tokens, len(prompt.tokens_L))
+                if self.measured is not None:
+                    given = prompt.tokens_L[len(self.begin) :].tolist()
+                    whole = self._whole_text((prompt.text, given), (answer.text, ids), has_end=answer.has_end)
+                    found = _with_texts(found, whole) if whole else ()
                 longest = max(longest, len(tokens))
-                rows += self._of_prompt(tokens, len(prompt.tokens_L))
+                rows += found
         else:
             before = read_messages(prompt.messages) or ()
             for answer in written:
@@ -189,12 +238,11 @@ class Rules:
         row = TokenRow(tokens[: self.max_length], learnt[: self.max_length])
         return (row,) if row.learnt else ()
 
-    def _of_text(self, tokens: npt.NDArray[np.int32]) -> Iterator[TokenRow]:
+    def _of_text(self, tokens: npt.NDArray[np.int32]) -> tuple[TokenRow, ...]:
         step = self.max_length - 1
         starts = range(0, len(tokens) - 1, step) if self.splits else range(min(1, len(tokens) - 1))
-        for start in starts:
-            part = tokens[start : start + self.max_length]
-            yield TokenRow(part, np.arange(len(part)) > 0)
+        parts = [tokens[start : start + self.max_length] for start in starts]
+        return tuple(TokenRow(part, np.arange(len(part)) > 0) for part in parts)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return (
@@ -204,6 +252,21 @@ class Rules:
                 texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False
             )["input_ids"]
         )
+
+
+def _with_texts(rows: Iterable[TokenRow], whole: RowText) -> tuple[TokenRow, ...]:
+    """The rows of a document, each but the first beginning with the last token of the one before, with their texts."""
+    found, place = list[TokenRow](), 0
+    for row in rows:
+        stop = place + len(row.tokens_L)
+        first, last = int(whole.ends_L[place - 1]) if place else 0, int(whole.ends_L[stop - 1])
+        text = RowText(
+            whole.data[first:last], whole.ends_L[place:stop] - np.int32(first), max(0, whole.given - first),
+            begins=place == 0, has_end=whole.has_end and stop == len(whole.ends_L),
+        )  # fmt: skip
+        found.append(replace(row, text=text))
+        place = stop - 1
+    return tuple(found)
 
 
 def _without_end(part: Segment, content: str) -> Segment:
@@ -232,4 +295,4 @@ def _tokenised(chunk: list[Document | Dropped], rules: Rules) -> Iterator[Tokeni
             yield made
         else:
             is_prompt = isinstance(one, Document) and one.text is None
-            yield Dropped(NO_ROOM if is_prompt else NOTHING_LEARNT, made.file, made.number)
+            yield Dropped(NO_ROOM if is_prompt else made.unusable, made.file, made.number)

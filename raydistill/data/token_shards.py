@@ -5,6 +5,10 @@ document stand together), tokens (their ids), learnt (one byte for each token: 1
 document came from (source_file, source_row). Position t of a row predicts token t + 1, so that a row has as many
 positions to learn from as learnt tokens; the first token is never one.
 
+With data.keep_text there are also text (the bytes that the row's tokens stand for; the first and the last character of
+a row may be cut), ends (binary, int32: the byte before which each token ends), given (how many of the bytes are a
+prompt), begins and has_end (whether the row's text begins its document, and ends it).
+
 Shapes: R rows, L tokens of a row, N positions that are learnt from.
 """
 
@@ -18,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raydistill.data.shards import RowWriter
-from raydistill.data.token_rows import Tokenised
+from raydistill.data.token_rows import RowText, Tokenised
 from raydistill.record.commit import Entry, open_verified
 from raydistill.record.store import Store
 
@@ -32,21 +36,37 @@ SCHEMA = pa.schema(
         pa.field("source_row", pa.int64(), nullable=False),
     ]
 )
+TEXT_FIELDS = [
+    pa.field("text", pa.large_binary(), nullable=False),
+    pa.field("ends", pa.large_binary(), nullable=False),
+    pa.field("given", pa.int32(), nullable=False),
+    pa.field("begins", pa.bool_(), nullable=False),
+    pa.field("has_end", pa.bool_(), nullable=False),
+]
 Int64 = npt.NDArray[np.int64]
 
 
 class TokenShardWriter(RowWriter):
     """Takes the documents of one split in order and commits a shard whenever one is full of rows."""
 
-    def __init__(self, store: Store, split: str, *, first_row_id: int, shard_rows: int, fingerprint: str) -> None:
+    def __init__(
+        self, store: Store, split: str, *, first_row_id: int, shard_rows: int, fingerprint: str,
+        keeps_text: bool = False,
+    ) -> None:  # fmt: skip
+        schema = pa.schema([*SCHEMA, *TEXT_FIELDS]) if keeps_text else SCHEMA
         super().__init__(
-            store, split, first_row_id=first_row_id, shard_rows=shard_rows, fingerprint=fingerprint, schema=SCHEMA
+            store, split, first_row_id=first_row_id, shard_rows=shard_rows, fingerprint=fingerprint, schema=schema
         )
-        self._documents = 0
+        self._documents, self._keeps_text = 0, keeps_text
 
     def add(self, found: Tokenised) -> None:
         for row in found.rows:
-            self.add_values((self._documents, row.tokens_L, row.learnt_L.tobytes(), found.file, found.number))
+            values = (self._documents, row.tokens_L, row.learnt_L.tobytes(), found.file, found.number)
+            if self._keeps_text:
+                text = row.text
+                assert text is not None, "rows were tokenised without their texts"
+                values += (text.data, text.ends_L.tobytes(), text.given, text.begins, text.has_end)
+            self.add_values(values)
         self._documents += 1
 
 
@@ -87,9 +107,21 @@ class TokenShard:
         return np.flatnonzero(learnt_L[1:])
 
 
-def read_token_shard(store: Store, entry: Entry) -> TokenShard:
-    """A committed shard. Raises UserError when the file is not what the manifest says."""
+def read_row_texts(store: Store, entry: Entry) -> list[tuple[RowText, int, int]]:
+    """The text of every row, and where the row came from (file, row). Raises UserError as `read_token_shard`."""
+    names = [*(field.name for field in TEXT_FIELDS), "source_file", "source_row"]
     with open_verified(store, "data", entry) as source:
+        rows = pq.ParquetFile(source).read(columns=names, use_threads=False).to_pylist()
+    texts = [
+        RowText(one["text"], np.frombuffer(one["ends"], np.int32), one["given"], one["begins"], one["has_end"])
+        for one in rows
+    ]
+    return [(text, one["source_file"], one["source_row"]) for text, one in zip(texts, rows, strict=True)]
+
+
+def read_token_shard(store: Store, entry: Entry, folder: str = "data") -> TokenShard:
+    """A committed shard. Raises UserError when the file is not what the manifest says."""
+    with open_verified(store, folder, entry) as source:
         table = (
             pq.ParquetFile(source).read(columns=SCHEMA.names[:4], use_threads=False).cast(pa.schema(list(SCHEMA)[:4]))
         )

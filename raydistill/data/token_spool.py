@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from raydistill.data.sources import Reason
 from raydistill.data.spool import Spool
-from raydistill.data.token_rows import Tokenised, TokenPrompt, TokenRow
+from raydistill.data.token_rows import RowText, Tokenised, TokenPrompt, TokenRow
 
 SCHEMA = pa.schema(
     [
         ("file", pa.int32()), ("number", pa.int64()), ("key", pa.uint64()), ("is_long", pa.bool_()),
         ("lengths", pa.list_(pa.int32())), ("tokens", pa.large_binary()), ("learnt", pa.large_binary()),
         ("prompt", pa.large_string()), ("messages", pa.large_string()), ("prompt_tokens", pa.large_binary()),
+        ("texts", pa.list_(pa.large_binary())), ("ends", pa.large_binary()), ("given", pa.list_(pa.int32())),
+        ("flags", pa.list_(pa.int8())), ("unusable", pa.string()),
     ]
 )  # fmt: skip
 
@@ -32,7 +37,12 @@ class TokenSpool:
         learnt = b"".join(row.learnt_L.tobytes() for row in found.rows)
         asked = found.prompt
         prompt = (None, None, None) if asked is None else (asked.text, asked.messages, asked.tokens_L.tobytes())
-        self._spool.add((found.file, found.number, found.key, found.is_long, lengths, tokens, learnt, *prompt))
+        texts = [row.text for row in found.rows if row.text is not None]
+        ends = b"".join(text.ends_L.tobytes() for text in texts)
+        flags = [text.begins + 2 * text.has_end for text in texts]
+        of_texts = ([text.data for text in texts], ends, [text.given for text in texts], flags)
+        row = (found.file, found.number, found.key, found.is_long, lengths, tokens, learnt)
+        self._spool.add((*row, *prompt, *of_texts, found.unusable))
 
     def __iter__(self) -> Iterator[Tokenised]:
         for one in self._spool:
@@ -41,8 +51,18 @@ class TokenSpool:
                 borders = np.cumsum(one["lengths"])[:-1]
                 tokens = np.split(np.frombuffer(one["tokens"], np.int32), borders)
                 learnt = np.split(np.frombuffer(one["learnt"], np.bool_), borders)
-                rows = tuple(TokenRow(t, w) for t, w in zip(tokens, learnt, strict=True))
+                rows = tuple(map(TokenRow, tokens, learnt, _texts(one, borders)))
             prompt = None
             if one["prompt"] is not None:
                 prompt = TokenPrompt(one["prompt"], np.frombuffer(one["prompt_tokens"], np.int32), one["messages"])
-            yield Tokenised(one["file"], one["number"], one["key"], rows, one["is_long"], prompt)
+            unusable: Reason = one["unusable"]
+            yield Tokenised(one["file"], one["number"], one["key"], rows, one["is_long"], prompt, unusable)
+
+
+def _texts(one: dict[str, Any], borders: npt.NDArray[np.integer]) -> list[RowText | None]:
+    """What the rows of a document stand for, where that is kept."""
+    if not one["texts"]:
+        return [None] * (len(borders) + 1)
+    ends = np.split(np.frombuffer(one["ends"], np.int32), borders)
+    parts = zip(one["texts"], ends, one["given"], one["flags"], strict=True)
+    return [RowText(data, at, given, bool(flags & 1), bool(flags & 2)) for data, at, given, flags in parts]

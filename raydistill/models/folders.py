@@ -42,11 +42,23 @@ def find_model(setting: str, model: str, revision: str | None = None) -> Path:
     return folder
 
 
-def _from_hub(setting: str, model: str, revision: str | None) -> Path:
+def find_tokenizer(setting: str, tokenizer: str) -> Path:
+    """The local folder of a tokenizer, with or without a model, fetched from the hub when it is a hub id.
+
+    Raises UserError when it is not there.
+    """
+    if os.path.isdir(tokenizer):
+        return Path(tokenizer)
+    if os.path.isabs(tokenizer):
+        raise UserError(f"{setting}: {tokenizer}: no such folder. Give a tokenizer's folder or a hub id")
+    return _from_hub(setting, tokenizer, None, [*TOKENIZER_FILES, "config.json"])
+
+
+def _from_hub(setting: str, model: str, revision: str | None, files: list[str] = HUB_FILES) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files))
     except Exception as error:  # the hub client raises many kinds, from bad names to network errors
         raise UserError(f"{setting}: {model}: is no folder here and the hub gives none ({first_line(error)})") from None
 

@@ -31,6 +31,7 @@ PARTS = {
     "features": Part("teach", "teacher/features", "teacher/features"),
     "calibration": Part("teach", "teacher/calibration", "teacher/calibration"),
     "tune": Part("tune", "tune", "tune"),
+    "student_rows": Part("train", "student_rows", "student_rows"),
     "student": Part("train", "train", "student"),
     **{f"export/{name}": Part("export", f"export/{name}", f"export/{name}") for name in FORMATS},
     "teacher-int8": Part("evaluate", "teacher/int8", "teacher/int8"),

@@ -24,13 +24,16 @@ BLOCK = 64  # resamples whose counts are held at once
 def language_metrics(sums: Mapping[str, Floats], name: str) -> dict[str, float]:
     """perplexity, nll (nats a token), accuracy and ece of a model; of another than the teacher kl, agreement and top5.
 
-    ece is the calibration error of the likeliest token over positions, in 15 bins of equal mass.
+    ece is the calibration error of the likeliest token over positions, in 15 bins of equal mass. Where models have
+    tokens of their own, positions_NAME of them, perplexity and nll are a byte's, with bits_per_byte.
     """
-    positions = float(sums["positions"].sum())
-    nll = float(sums[f"nll_{name}"].sum()) / positions
+    units = float(sums["positions"].sum())
+    positions = float(sums.get(f"positions_{name}", sums["positions"]).sum())
+    nll = float(sums[f"nll_{name}"].sum()) / units
     found = {
         "perplexity": math.exp(nll),
         "nll": nll,
+        **({"bits_per_byte": nll / math.log(2)} if f"positions_{name}" in sums else {}),
         "accuracy": float(sums[f"accuracy_{name}"].sum()) / positions,
         "ece": mean_gap(calibration_bins(sums[f"confidence_{name}"], sums[f"right_{name}"] > 0)),
     }
@@ -95,7 +98,7 @@ def of_training(sums: Mapping[str, Floats], student: str, control: str) -> dict[
     beside = language_metrics(sums, control)["perplexity"] if f"nll_{control}" in sums else None
     return {
         "perplexity": found["perplexity"],
-        "agreement": found["agreement"],
+        "agreement": found.get("agreement"),
         "retention": teacher / found["perplexity"],
         "control": beside,
         "gain_over_control": None if beside is None else beside - found["perplexity"],

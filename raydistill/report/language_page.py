@@ -12,8 +12,9 @@ from raydistill.report.over_seeds import Forms, seeds_table, seeds_verdict
 
 MODELS = ("teacher", "student", "control")
 LINES = [
-    ("perplexity", "perplexity", "{:.3f}"),
-    ("NLL, nats a token", "nll", "{:.4f}"),
+    ("perplexity{of_unit}", "perplexity", "{:.3f}"),
+    ("NLL, nats a {unit}", "nll", "{:.4f}"),
+    ("bits a byte", "bits_per_byte", "{:.4f}"),
     ("next token right", "accuracy", "{:.2%}"),
     ("KL from the teacher, nats", "kl_to_teacher", "{:.4f}"),
     ("the teacher's likeliest token first", "agreement", "{:.2%}"),
@@ -40,7 +41,7 @@ SEED_FORMS: Forms = {
 
 def language_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison, as text."""
-    ours = [name for name in MODELS if report.get(name)]
+    ours, unit = [name for name in MODELS if report.get(name)], report.get("unit", "token")
     others = report.get("others", [])
     rows: list[list[str]] = []
     for title, key, form in LINES:
@@ -49,6 +50,7 @@ def language_table(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             continue
         if key.endswith("bytes"):
             values = [None if value is None else value / 1e6 for value in values]
+        title = title.format(unit=unit, of_unit=" a byte" if unit == "byte" else "")
         rows.append([title, *("" if value is None else form.format(value) for value in values)])
     harness = [row + [""] * len(others) for row in _harness_rows(report.get("harness") or {}, ours)]
     return ["", *ours, *(one["name"] for one in others)], rows + harness
@@ -76,10 +78,17 @@ def language_verdict(report: dict[str, Any]) -> list[str]:
     lines = [
         f"The student keeps {report['retention']:.1%} of the teacher: its perplexity is {student['perplexity']:.3f},"
         f" the teacher's {teacher['perplexity']:.3f} (95 % interval {low:.1%} to {high:.1%}, {report['test_rows']:,}"
-        f" test documents, {report['test_positions']:,} tokens).",
+        f" test documents, {report['test_positions']:,} {report.get('unit', 'token')}s).",
         f"It has {teacher['parameters'] / student['parameters']:.1f} times fewer parameters and writes"
         f" {student['decode_tokens_per_second'] / teacher['decode_tokens_per_second']:.1f} times as fast.",
     ]
+    if report.get("unit") == "byte":
+        lines.append(
+            "Teacher and student have different tokenizers, so that perplexity is that of a byte:"
+            f" {teacher['bits_per_byte']:.3f} bits of the teacher, {student['bits_per_byte']:.3f} of the student, over"
+            " the text that both have in spans. Next tokens right, calibration and tokens/s are of each model's own"
+            " tokens; KL and agreement compare next tokens of one vocabulary and are left out."
+        )
     if report.get("control"):
         low, high = report["gain_over_control_ci95"]
         shown = "more than chance" if low > 0 else "not shown to be more than chance"

@@ -16,6 +16,7 @@ from raydistill.stages.cluster import Resources, connect
 from raydistill.stages.compared import check_compared
 from raydistill.stages.export import check_export, export_part, export_plan
 from raydistill.stages.extra_sets import check_sets
+from raydistill.stages.language.student_rows import make_student_rows
 from raydistill.stages.language.synthesis import answer_prompts
 from raydistill.stages.language.text_plan import answers_plan
 from raydistill.stages.preflight import check_plans, check_resources
@@ -57,6 +58,8 @@ def run_stages(
                 if config.data.synthesis is not None:
                     surveyed = answer_prompts(config, run, surveyed, resources, progress)
                 task.prepare(config, run, surveyed, progress)
+            if config.task == "causal_lm" and {"prepare", "tune", "train"} & set(stages):
+                make_student_rows(config, run, progress)
             if "teach" in stages:
                 task.teach(config, run, resources, progress)
             if "tune" in stages and config.tune is not None:

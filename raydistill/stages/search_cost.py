@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.cross_tokenizer import student_length
 from raydistill.config.points import corners, with_point
 from raydistill.config.run import Config
 from raydistill.config.train import Train
@@ -68,7 +69,7 @@ def _epoch_steps(config: Config, train: Train, amount: int) -> int:
     assert config.tune is not None
     share = math.ceil(amount * config.tune.data_fraction)
     if config.task == "causal_lm":
-        return token_steps(share, train.batch_size * config.data.max_length)
+        return token_steps(share, train.batch_size * student_length(config))
     return steps_per_epoch(share, train.batch_size)
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from raydistill.config.cross_tokenizer import crosses_tokenizers, student_length
 from raydistill.config.run import Config
 from raydistill.data.folds import FoldRows, write_folds
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import read_split
 from raydistill.data.share import assign_share, strata_of
+from raydistill.data.student_rows import FOLDER as STUDENT_ROWS
 from raydistill.data.token_order import token_steps
 from raydistill.data.token_shards import read_token_shard
 from raydistill.record.commit import Entry, commit_manifest, committed_shard, read_manifest
@@ -30,6 +32,8 @@ def rows_plan(config: Config, run: Run) -> Plan:
     """Everything that determines the share."""
     assert config.tune is not None
     inputs = {"data": run.require("data").fingerprint, "seed": config.tune.seed, "share": config.tune.data_fraction}
+    if crosses_tokenizers(config):
+        inputs["student_rows"] = run.require("student_rows").fingerprint
     return Plan("rows", inputs)
 
 
@@ -45,8 +49,11 @@ def draw_rows(config: Config, run: Run) -> FoldRows | None:
     made, counts = [], {}
     data = run.require("data")
     choose, tokens = _choose_rows if config.task != "causal_lm" else _choose_documents, 0
+    store = run.home("data")
+    if crosses_tokenizers(config):  # the same documents, counted in the student's tokens
+        store, data, choose = run.store, run.require("student_rows"), _choose_own_documents
     for split in student_splits(config):
-        for shard in choose(run.home("data"), data.shards(split), config.tune.data_fraction, config.tune.seed):
+        for shard in choose(store, data.shards(split), config.tune.data_fraction, config.tune.seed):
             folds_N = np.where(shard.chosen_N, CHOSEN, LEFT_OUT).astype(np.int8)
             made.append(
                 committed_shard(run.store, f"{FOLDER}/{shard.file}", plan.fingerprint)
@@ -81,9 +88,15 @@ def _choose_rows(store: Store, entries: list[Entry], share: float, seed: int) ->
             yield Chosen(shard.name, shard.row_ids_N, part_N)
 
 
-def _choose_documents(store: Store, entries: list[Entry], share: float, seed: int) -> Iterator[Chosen]:
+def _choose_own_documents(store: Store, entries: list[Entry], share: float, seed: int) -> Iterator[Chosen]:
+    return _choose_documents(store, entries, share, seed, STUDENT_ROWS)
+
+
+def _choose_documents(
+    store: Store, entries: list[Entry], share: float, seed: int, folder: str = "data"
+) -> Iterator[Chosen]:
     """Whole documents, whatever their length."""
-    shards = [read_token_shard(store, entry) for entry in entries]
+    shards = [read_token_shard(store, entry, folder) for entry in entries]
     if shards:
         documents, document_N = np.unique(np.concatenate([s.documents_R for s in shards]), return_inverse=True)
         chosen_N = assign_share(np.zeros(len(documents), np.int64), share, seed)[document_N]
@@ -100,10 +113,10 @@ def epoch_steps(config: Config, run: Run, batch_size: int) -> int:
     assert config.tune is not None
     data, share = run.require("data"), None if config.tune.data_fraction == 1 else read_manifest(run.store, FOLDER)
     if config.task == "causal_lm":
-        counts = data.facts["counts"]
+        counts = (run.require("student_rows") if crosses_tokenizers(config) else data).facts["counts"]
         whole = sum(counts[split]["tokens"] for split in student_splits(config) if split in counts)
         tokens = whole if share is None else share.facts["tokens"]
-        return token_steps(tokens, batch_size * config.data.max_length)
+        return token_steps(tokens, batch_size * student_length(config))
     return steps_per_epoch(num_rows(config, run), batch_size)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from raydistill.cache.text_logprobs import text_shard
+from raydistill.config.cross_tokenizer import crosses_tokenizers
 from raydistill.config.export import FORMATS
 from raydistill.config.run import Config
 from raydistill.record.commit import MANIFEST
@@ -17,6 +19,8 @@ from raydistill.stages.repetitions import repeated_parts
 from raydistill.stages.teachers import trainings
 
 SHARD = re.compile(r"-\d{5}\.parquet$")  # what stands beside shards, such as an output head, has no rows of data
+
+BESIDE = text_shard("")  # shards that stand by others, of the same rows
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ def expected_parts(config: Config) -> list[str]:
         "teacher": config.teacher.fine_tune is not None,
         "features": config.train.caches_features,
         "tune": config.tune is not None,
+        "student_rows": crosses_tokenizers(config),
         "calibration": config.teacher.calibrate,
         QUANTISED_TEACHER: config.evaluate.quantise_teacher,
         "control": config.evaluate.control,
@@ -58,7 +63,7 @@ def _standing(run: Run, part: str) -> Standing:
     if manifest is not None:
         if "temperature" in manifest.facts:
             return Standing(part, facts.stage, "complete", f"temperature {manifest.facts['temperature']:g}")
-        shards = [entry for entry in manifest.files if SHARD.search(entry.file)]
+        shards = [one for one in manifest.files if SHARD.search(one.file) and not one.file.startswith(BESIDE)]
         rows = sum(entry.rows for entry in shards)
         detail = f"{rows:,} rows in {len(shards)} shards" if rows else f"{len(manifest.files)} files"
         if part == "tune":

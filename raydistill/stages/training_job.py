@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from raydistill.config.cross_tokenizer import crosses_tokenizers
 from raydistill.config.loss import KINDS_OF_SETS, LOSS_PARAMETERS, WITHOUT_TEMPERATURE, Loss
 from raydistill.config.run import Config
 from raydistill.config.section import identity
@@ -15,7 +16,7 @@ from raydistill.data.folds import FoldRows
 from raydistill.data.shards import LABELLED_SPLITS, STUDENT_SPLITS
 from raydistill.losses.courses import Course
 from raydistill.losses.objective import Objective
-from raydistill.models.folders import find_model, model_identity
+from raydistill.models.folders import find_model, find_tokenizer, model_identity, tokenizer_identity
 from raydistill.models.source import ModelSource
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run, part_of
@@ -78,6 +79,8 @@ def training_plan(request: TrainingRequest) -> Plan:
             inputs |= {"teacher.folds": folds, "without_fold": request.without_fold}
     else:
         inputs |= student_inputs(config, request.source)
+        if crosses_tokenizers(config):
+            inputs["student_rows"] = run.require("student_rows").fingerprint
     if role == "student":
         inputs |= _taught_inputs(config, run)
     skip = ("precision", "loss", "exclude") if role == "control" else ("precision",)
@@ -108,6 +111,8 @@ def student_inputs(config: Config, teacher: ModelSource) -> dict[str, Any]:
     inputs: dict[str, Any] = {
         f"student.{name}": value for name, value in identity(config.student).items() if value is not None
     }
+    if config.student.tokenizer is not None:
+        inputs["student.tokenizer"] = tokenizer_identity(find_tokenizer("student.tokenizer", config.student.tokenizer))
     if config.student.init == "pretrained":
         assert config.student.model is not None
         inputs["student.model"] = model_identity(

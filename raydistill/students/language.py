@@ -14,7 +14,7 @@ from raydistill.data.tokens import load_tokenizer, pack_by_length, pad
 from raydistill.errors import UserError, first_line
 from raydistill.losses.response import IGNORED_LABEL
 from raydistill.losses.token_objective import TokenObjective
-from raydistill.models.folders import find_model
+from raydistill.models.folders import find_model, find_tokenizer
 from raydistill.models.loading import empty_language_model, load_language_model
 from raydistill.next_token import NextTokenModel, hidden_states
 from raydistill.students.kept import (
@@ -47,18 +47,34 @@ def build_language_student(
         model = load_language_model("student.model", folder)
         _set_dropout(model, settings.dropout)
         return model, load_tokenizer(folder, "student.model", pads=False)
-    tokenizer = load_tokenizer(teacher_folder, "teacher.model", pads=False)
     if settings.init == "config":
+        tokenizer = _tokenizer_of_new(settings, teacher_folder)
         return _new(settings, tokenizer, max_length), tokenizer
+    tokenizer = load_tokenizer(teacher_folder, "teacher.model", pads=False)
     teacher = load_language_model("teacher.model", teacher_folder)
     return _of_layers(settings, teacher, rows, seed=seed, vocabulary=len(tokenizer)), tokenizer
+
+
+def own_tokenizer(settings: Any) -> tuple[str, Path]:
+    """The setting that names a student's own tokenizer, and its folder."""
+    if settings.init == "pretrained":
+        return "student.model", find_model("student.model", settings.model, settings.revision)
+    return "student.tokenizer", find_tokenizer("student.tokenizer", settings.tokenizer)
+
+
+def _tokenizer_of_new(settings: Any, teacher_folder: Path) -> Any:
+    """The tokenizer of a student that begins with new weights: the teacher's, or one of its own."""
+    if settings.tokenizer is None:
+        return load_tokenizer(teacher_folder, "teacher.model", pads=False)
+    setting, folder = own_tokenizer(settings)
+    return load_tokenizer(folder, setting, pads=False)
 
 
 def language_skeleton(settings: Any, *, teacher_folder: Path, max_length: int) -> Any:
     """The student on the meta device, for what its sizes decide. Raises UserError as building it would."""
     with torch.device("meta"):
         if settings.init == "config":
-            return _new(settings, load_tokenizer(teacher_folder, "teacher.model", pads=False), max_length)
+            return _new(settings, _tokenizer_of_new(settings, teacher_folder), max_length)
         if settings.init == "pretrained":
             return empty_language_model("student.model", find_model("student.model", settings.model, settings.revision))
         return sketch_of(settings, empty_language_model("teacher.model", teacher_folder))

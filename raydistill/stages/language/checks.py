@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cache.language_codecs import check_temperatures
+from raydistill.config.cross_tokenizer import crosses_tokenizers, student_length
 from raydistill.config.language import NextTokens
 from raydistill.config.loss import LOSS_PARAMETERS, Loss
 from raydistill.config.run import Config
 from raydistill.config.training import Training
+from raydistill.data.cross_loader import check_text_logprobs
 from raydistill.data.same_tokens import difference
+from raydistill.data.token_bytes import TokenBytes
 from raydistill.data.token_order import token_steps
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
+from raydistill.losses.cross_tokenizer import check_cross_codec
 from raydistill.losses.sparse_divergences import check_sparse_loss
 from raydistill.models.configuration import check_length, shape_of
 from raydistill.models.folders import find_model, refuse_adapter
@@ -33,7 +37,7 @@ from raydistill.stages.search_cost import SearchCost, search_cost
 from raydistill.stages.training_job import student_splits
 from raydistill.stages.training_stages import training_stages
 from raydistill.stages.unfreezing import check_unfreezing
-from raydistill.students.language import language_skeleton
+from raydistill.students.language import language_skeleton, own_tokenizer
 
 # For each of the `kept` tokens at a vocabulary of 128k (docs/log.md); a smaller one takes less.
 NEXT_TOKEN_BYTES = {"sampled": 2.3, "random": 0.9, "topk": 4.2}
@@ -52,6 +56,8 @@ def check_language_models(config: Config, run: Run, labels: list[str]) -> None:
         check_harness(config.evaluate.harness)
     if config.student.init == "pretrained":
         _check_pretrained(config, folder)
+    if crosses_tokenizers(config):
+        _check_own_tokenizer(config, run)
     student = _skeleton(config, folder)
     if config.student.lora:
         check_adapters(config.student.lora, lambda: student)
@@ -67,7 +73,7 @@ def check_language_training(config: Config, teacher_folder: Path, _labels: list[
 
 def _skeleton(config: Config, teacher_folder: Path) -> Any:
     """The student without weights."""
-    return language_skeleton(config.student, teacher_folder=teacher_folder, max_length=config.data.max_length)
+    return language_skeleton(config.student, teacher_folder=teacher_folder, max_length=student_length(config))
 
 
 def empty_language_model_on_meta(setting: str, folder: Path):
@@ -95,15 +101,25 @@ def _check_pretrained(config: Config, teacher: Path) -> None:
     assert config.student.model is not None
     folder = find_model("student.model", config.student.model, config.student.revision)
     refuse_adapter("student.model", folder)
-    check_length("the student", folder, config.data.max_length)
+    check_length("the student", folder, student_length(config))
     _check_model("student.model", folder, empty_language_model_on_meta("student.model", folder))
+    if crosses_tokenizers(config):
+        return
     theirs = load_tokenizer(teacher, "teacher.model", pads=False)
     ours = load_tokenizer(folder, "student.model", pads=False)
     if found := difference(theirs, ours, template=config.data.messages is not None):
         raise UserError(
             f"student.model: {folder}: its tokenizer is not the teacher's: {found}. Choose a student with the teacher's"
-            " tokenizer, or init: config or teacher_layers"
+            " tokenizer, or init: config or teacher_layers, or set train.loss.cross_tokenizer=spans"
         )
+
+
+def _check_own_tokenizer(config: Config, run: Run) -> None:
+    """A student's tokenizer whose tokens can be measured in bytes, and a cache that holds what its loss needs."""
+    setting, folder = own_tokenizer(config.student)
+    TokenBytes(load_tokenizer(folder, setting, pads=False), setting)
+    if config.teacher.next_tokens is not None and config.teacher.next_tokens.text_logprobs and run.lender:
+        check_text_logprobs(run.require("cache"), run.lender.where("teacher/cache"))
 
 
 def check_losses(config: Config) -> None:
@@ -114,6 +130,13 @@ def check_losses(config: Config) -> None:
 
 
 def _check_loss(kept: NextTokens, loss: Loss, section: str) -> None:
+    if loss.cross_tokenizer is not None:
+        try:
+            check_cross_codec(loss.cross_tokenizer, kept.codec)
+        except ValueError as error:
+            raise UserError(f"{section}.cross_tokenizer: {error}") from None
+    if loss.cross_tokenizer == "spans":  # whose temperature is of spans, of which the cache has the probability
+        return
     parameters = {name: value for name in LOSS_PARAMETERS if (value := getattr(loss, name)) is not None}
     try:
         token_objective(loss)
@@ -142,6 +165,7 @@ class LanguageCost:
     own_teachers: int = 0  # stages whose teacher is the student as the one before left it
     search: SearchCost | None = None
     exports: tuple[str, ...] = ()
+    crosses: bool = False  # whether the student has a tokenizer of its own
 
     def lines(self) -> list[str]:
         scored = sum(self.counts[split]["rows"] for split in SPLITS if split in self.counts)
@@ -160,6 +184,7 @@ class LanguageCost:
                 ]
             ),
             f"optimiser steps at most: {steps}",
+            *(["steps are counted by the teacher's tokens; the student has its own"] if self.crosses else []),
             *(self.search.lines() if self.search else []),
             *self._student_lines(scored),
             *([f"export: {', '.join(self.exports)}, each compared with the student"] if self.exports else []),
@@ -191,10 +216,11 @@ def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> L
     kept = next_tokens(config)
     written = answers * sum(count for split, count in asked.items() if split in SPLITS)
     positions = sum(counts[split]["learnt"] for split in SPLITS if split in counts) + written * longest
-    each = NEXT_TOKEN_BYTES.get(kept.codec, 0) * kept.kept
+    each = NEXT_TOKEN_BYTES.get(kept.codec, 0.0) * kept.kept
     if kept.codec in ("hidden", "dense"):
         folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
         each = 2 * (vocabulary if kept.codec == "dense" else shape_of(folder).width)
+    each += 2 * kept.text_logprobs
     own = config.train.seeds * sum(stage.own_teacher for stage in training_stages("student", config))
     exports = config.export.formats if config.export else ()
     learnt = student_splits(config)
@@ -205,7 +231,14 @@ def language_cost(config: Config, run: Run, surveyed: SurveyedTexts | None) -> L
         folder = find_model("teacher.model", config.teacher.model, config.teacher.revision)
         search = search_cost(config, tokens, folder)
     steps = _steps(config, of_teacher=counts["train"]["tokens"], of_student=tokens)
-    return LanguageCost(counts, kept.codec, positions * each, steps, asked, answers, longest, own, search, exports)
+    return LanguageCost(
+        counts, kept.codec, positions * each, steps, asked, answers, longest, own, search, exports,
+        crosses_tokenizers(config),
+    )  # fmt: skip
+
+
+def _row_length(role: str, config: Config) -> int:
+    return config.data.max_length if role == "teacher" else student_length(config)
 
 
 def _steps(config: Config, *, of_teacher: int, of_student: int) -> dict[str, int]:
@@ -217,6 +250,6 @@ def _steps(config: Config, *, of_teacher: int, of_student: int) -> dict[str, int
         trainings[role] = [stage.settings for stage in training_stages(role, config)] * config.train.seeds
     tokens = {"teacher": of_teacher, "student": of_student, "control": of_student}
     return {
-        name: sum(s.epochs * token_steps(tokens[name], s.batch_size * config.data.max_length) for s in settings)
+        name: sum(s.epochs * token_steps(tokens[name], s.batch_size * _row_length(name, config)) for s in settings)
         for name, settings in trainings.items()
     }

@@ -6,9 +6,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from raydistill.config.cross_tokenizer import crosses_tokenizers
 from raydistill.config.run import Config
 from raydistill.config.section import identity
-from raydistill.data.token_shards import TokenShard, read_token_shard
+from raydistill.data.token_shards import TokenShard, read_row_texts, read_token_shard
 from raydistill.data.tokens import load_tokenizer
 from raydistill.models.folders import model_identity
 from raydistill.models.source import ModelSource
@@ -21,7 +22,7 @@ from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.environment import device_name, environment
 from raydistill.stages.evaluate import base_models, fingerprints, forwards_per_row, hub_datasets, size_bytes
 from raydistill.stages.export import exported
-from raydistill.stages.language.generation import measure_generation
+from raydistill.stages.language.generation import Tokens, measure_generation
 from raydistill.stages.language.harness import (
     TaskResults,
     harness_inputs,
@@ -29,8 +30,10 @@ from raydistill.stages.language.harness import (
     read_results,
     write_results,
 )
-from raydistill.stages.language.measuring import FOLDER, MeasuringJob, read_measures
+from raydistill.stages.language.measuring import FOLDER, MeasuringJob, OwnRows, read_measures
 from raydistill.stages.language.prepare import texts_report
+from raydistill.stages.language.student_rows import PART as STUDENT_ROWS
+from raydistill.stages.language.student_rows import rows_report
 from raydistill.stages.progress import Progress
 from raydistill.stages.repetitions import Repetition, repeat, repeated, repeated_parts, repetitions
 from raydistill.stages.report_files import commit_report, standing_report
@@ -63,7 +66,7 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     again = {part: made_here(part, run) for part in repeated_parts(config)}
     job = MeasuringJob(
         tuple((sources | again).items()), run.home("data").root, run.store.root, FOLDER, plan.fingerprint,
-        data.facts["vocabulary"], config.evaluate.dtype, config.teacher.tokens_per_batch,
+        data.facts["vocabulary"], config.evaluate.dtype, config.teacher.tokens_per_batch, own_rows(config, run),
     )  # fmt: skip
     (scored,) = score([job], data, {FOLDER: ("test",)}, share, progress, "evaluate")
     commit_manifest(run.store, FOLDER, plan.fingerprint, scored.entries)
@@ -164,10 +167,13 @@ def on_a_node(function: Any, resources: Resources, progress: Progress, *argument
 def generation_arguments(config: Config, run: Run, data: Manifest) -> dict[str, Any]:
     """What `measure_generation` is asked to do, with rows of test."""
     settings, shard = config.evaluate, read_token_shard(run.home("data"), data.shards("test")[0])
-    rows = [shard.row(number).tolist() for number in range(min(len(shard), settings.latency_requests))]
+    rows, count = range(min(len(shard), settings.latency_requests)), max(settings.samples, TIMED_PROMPTS)
+    texts = {"teacher": Tokens([shard.row(n).tolist() for n in rows], [p for p, _ in _prompts(shard, count)])}
+    if (own := own_rows(config, run)) is not None:
+        ours = own.shard(shard.name).tokens
+        texts["student"] = Tokens([ours.row(n).tolist() for n in rows], _own_prompts(run, data, shard, count))
     return {
-        "rows": rows,
-        "prompts": [prompt for prompt, _ in _prompts(shard, max(settings.samples, TIMED_PROMPTS))],
+        "texts": texts,
         "requests": settings.latency_requests,
         "threads": settings.threads,
         "new_tokens": settings.sample_tokens,
@@ -176,8 +182,28 @@ def generation_arguments(config: Config, run: Run, data: Manifest) -> dict[str, 
     }
 
 
+def _own_prompts(run: Run, data: Manifest, shard: TokenShard, count: int) -> list[list[int]]:
+    """The texts of the same prompts in the tokens of a student with a tokenizer of its own."""
+    tokenizer = load_tokenizer(made_here("student", run).folder(), "the student", pads=False)
+    texts = read_row_texts(run.home("data"), data.shards("test")[0])
+    begin, prompts = ([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]), list[list[int]]()
+    for number, cut in _cuts(shard, count):
+        text = texts[number][0]
+        written = text.data[: text.ends_L[cut - 1]].decode(errors="ignore")
+        prompts.append((begin + tokenizer(written, add_special_tokens=False)["input_ids"]) or [0])
+    return prompts
+
+
 def _prompts(shard: TokenShard, count: int) -> list[tuple[list[int], list[int]]]:
-    """Prompts of the first documents, and what stands after each: up to the first learnt token, or a text's begin."""
+    """Prompts of the first documents, and what stands after each."""
+    rows = [(shard.row(number).tolist(), cut) for number, cut in _cuts(shard, count)]
+    return [(tokens[:cut], tokens[cut:]) for tokens, cut in rows]
+
+
+def _cuts(shard: TokenShard, count: int) -> list[tuple[int, int]]:
+    """Rows with which the first documents begin, and the tokens of their prompts: up to the first one that is learnt,
+    or a text's begin.
+    """
     found, seen = [], set[int]()
     for number, document in enumerate(shard.documents_R.tolist()):
         if document in seen or len(found) == count:
@@ -185,7 +211,7 @@ def _prompts(shard: TokenShard, count: int) -> list[tuple[list[int], list[int]]]
         seen.add(document)
         tokens, first = shard.row(number).tolist(), int(shard.positions(number)[0]) + 1
         cut = first if first > 1 else max(1, min(PROMPT_TOKENS, len(tokens) // 4))
-        found.append((tokens[:cut], tokens[cut:]))
+        found.append((number, cut))
     return found
 
 
@@ -194,6 +220,7 @@ def _report(
 ) -> dict[str, Any]:
     """All figures, under the names of the design."""
     cache, counts = run.require("cache"), data.facts["counts"]["test"]
+    own = run.require(STUDENT_ROWS) if crosses_tokenizers(config) else None
     return {
         "schema": 1,
         "name": config.name,
@@ -201,10 +228,11 @@ def _report(
         "created": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "test_rows": counts["documents"],
         "test_positions": counts["learnt"],
+        **({"test_positions": own.facts["counts"]["test"]["bytes"], "unit": "byte"} if own else {}),
         "samples": _samples(config, run, data, models),
         **models,
         **comparison,
-        "agreement": models["student"]["agreement"],
+        "agreement": models["student"].get("agreement"),
         "cache": {name: cache.facts[name] for name in ("codec", "promise", "positions", "bytes_per_position")},
         "base_models": base_models(config),
         "hub_datasets": hub_datasets(config),
@@ -215,11 +243,19 @@ def _report(
             "dtype": config.evaluate.dtype,
             "device": device_name(),
         },
-        "data_report": texts_report(data.facts),
+        "data_report": texts_report(data.facts) + (rows_report(own.facts) if own else []),
         "fingerprints": fingerprints(run, plan),
         "environment": environment(),
         "config": config.model_dump(mode="json"),
     }
+
+
+def own_rows(config: Config, run: Run) -> OwnRows | None:
+    """The test rows of a student with another tokenizer than the teacher's."""
+    if not crosses_tokenizers(config):
+        return None
+    manifest = run.require(STUDENT_ROWS)
+    return OwnRows(run.store.root, tuple(manifest.shards("test")), manifest.facts["vocabulary"])
 
 
 def _samples(config: Config, run: Run, data: Manifest, models: dict[str, Any]) -> list[dict[str, str]]:

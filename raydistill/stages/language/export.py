@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from raydistill.config.cross_tokenizer import crosses_tokenizers
 from raydistill.config.run import Config
+from raydistill.data.student_rows import FOLDER as STUDENT_ROWS
 from raydistill.data.token_shards import read_token_shard
 from raydistill.data.tokens import load_tokenizer, pack_by_length, pad
 from raydistill.exports.folder import ExportSource
@@ -24,6 +26,7 @@ from raydistill.record.run import Run
 from raydistill.stages.export import COMPARED, EXACT, export, in_words
 from raydistill.stages.progress import Progress
 from raydistill.stages.teachers import made_here
+from raydistill.students.language import own_tokenizer
 
 EXACT_AGREEMENT, EXACT_RISE = 0.999, 1e-4  # two tokens may be equally likely to rounding
 Row = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]  # its tokens, and the positions that are learnt from
@@ -38,7 +41,8 @@ def check_language_export(config: Config, student: Any, teacher_folder: Path) ->
     """Raises UserError for a format that this student, given without weights, or its tokenizer does not fit."""
     if config.export is None:
         return
-    tokenizer = load_tokenizer(teacher_folder, "teacher.model", pads=False)
+    setting, folder = own_tokenizer(config.student) if crosses_tokenizers(config) else ("teacher.model", teacher_folder)
+    tokenizer = load_tokenizer(folder, setting, pads=False)
     for format_name in config.export.formats:
         check_language_format(format_name, student, tokenizer)
 
@@ -52,10 +56,13 @@ class LanguageExam:
         source, data = made_here("student", run), run.require("data")
         self._load = lambda: LANGUAGE_MODEL.load(source.setting, source.folder())
         self._student, _ = self._load()
+        store, folder = run.home("data"), "data"
+        if crosses_tokenizers(config):
+            store, folder, data = run.store, STUDENT_ROWS, run.require("student_rows")
         self._vocabulary, rows, splits = data.facts["vocabulary"], [], []
         for split in COMPARED:
             for entry in data.shards(split) if len(rows) < config.export.rows else ():
-                shard = read_token_shard(run.home("data"), entry)
+                shard = read_token_shard(store, entry, folder)
                 rows += [(shard.row(number), shard.positions(number)) for number in range(len(shard))]
                 splits.append(split)
         self._rows: list[Row] = rows[: config.export.rows]

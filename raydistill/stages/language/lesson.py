@@ -11,12 +11,15 @@ import torch
 
 from raydistill.adapters import frozen_parameters
 from raydistill.cache.next_tokens import NextTokenCache
+from raydistill.config.cross_tokenizer import crosses_tokenizers, student_length
+from raydistill.data.cross_loader import CrossSplit, CrossTaught
 from raydistill.data.shards import STUDENT_SPLITS
+from raydistill.data.student_rows import FOLDER as STUDENT_ROWS
 from raydistill.data.token_loader import TokenBatch, TokenSplit, check_vocabulary
 from raydistill.data.token_order import token_steps
 from raydistill.data.token_shards import read_token_shard
 from raydistill.depths import parameter_depths
-from raydistill.losses.token_objective import Teacher, TokenObjective
+from raydistill.losses.token_objective import CrossTeacher, Teacher, TokenObjective
 from raydistill.models.kinds import LANGUAGE_MODEL
 from raydistill.models.row_attention import attend_by_rows
 from raydistill.models.saving import longest_input, save_model
@@ -31,7 +34,7 @@ from raydistill.stages.meter import Meter
 from raydistill.stages.ranks import all_reduce, rank_and_world
 from raydistill.stages.training_job import student_splits
 from raydistill.students.language import TokenRows, build_language_student
-from raydistill.targets import HiddenTargets, SparseTargets
+from raydistill.targets import HiddenTargets, RankTargets, SparseTargets
 
 VALIDATION_TOKENS = {"cpu": 4096, "cuda": 65_536}
 
@@ -47,31 +50,48 @@ class LanguageLesson:
         data = read_manifest(store, "data")
         assert data is not None
         self._lora = job.config.student.lora if job.role != "teacher" else None
-        self._model, self.tokenizer = self._built(data)
-        self.model: torch.nn.Module = NextTokenModel(self._model, data.facts["vocabulary"])
+        self._own_rows = _own_rows(job)
+        self._vocabulary = (self._own_rows or data).facts["vocabulary"]
+        self._model, self.tokenizer = self._built()
+        self.model: torch.nn.Module = NextTokenModel(self._model, self._vocabulary)
         self.frozen = shared_names(self.model) | (frozen_parameters(self.model) if self._lora else frozenset())
         depths = parameter_depths(self._model, f"{job.section}.unfreeze") if job.unfreeze else {}
         self.depths: Mapping[str, int] = {MODEL_PREFIX + name: depth for name, depth in depths.items()}
         cache = _open_cache(job, store, data) if job.uses_cache and not job.config.teacher.keeps_no_logits else None
         self._head = cache.head.to(device) if cache is not None and cache.head is not None else None
-        self._train = TokenSplit(store, job.splits, data, cache, job.rows)
-        self._validation = TokenSplit(store, ("validation",), data, cache)
+        self._train, self._validation = self._splits(store, data, cache)
         self.rows = self._train.rows
-        self._batch_tokens = job.settings.batch_size * job.config.data.max_length
+        length = job.config.data.max_length if self._own_rows is None else student_length(job.config)
+        self._batch_tokens = job.settings.batch_size * length
         self.per_pass = self._train.steps(self._batch_tokens)
         # A control, without what the teacher wrote, takes as many steps as its student; a trial has none.
         counted = job.splits if job.role == "teacher" else student_splits(job.config)
-        tokens = sum(found["tokens"] for split, found in data.facts["counts"].items() if split in counted)
+        counts = (self._own_rows or data).facts["counts"]
+        tokens = sum(found["tokens"] for split, found in counts.items() if split in counted)
         self.per_epoch = token_steps(tokens, self._batch_tokens) if job.rows is None else self.per_pass
 
-    def _built(self, data: Manifest) -> tuple[Any, Any]:
-        """The model that is trained, with its adapters, and its tokenizer, checked against the data."""
+    def _splits(self, store: Store, data: Manifest, cache: NextTokenCache | None) -> tuple[TokenSplit, TokenSplit]:
+        """What is learnt, and what is validated on: with another tokenizer by its own next tokens alone."""
+        job, own = self._job, self._own_rows
+        if own is None:
+            both = (job.splits, job.rows), (("validation",), None)
+            train, validation = (TokenSplit(store, splits, data, cache, rows) for splits, rows in both)
+            return train, validation
+        rows_store, loss = open_store(job.run_url), job.config.train.loss.cross_tokenizer
+        taught = None
+        if cache is not None and loss is not None and needs_teacher(job.objective):
+            taught = CrossTaught(loss, cache)
+        train = CrossSplit(store, rows_store, job.splits, data, own, taught, job.rows)
+        return train, CrossSplit(store, rows_store, ("validation",), data, own, None)
+
+    def _built(self) -> tuple[Any, Any]:
+        """The model that is trained, with its adapters, and its tokenizer, checked against the rows."""
         job = self._job
         model, tokenizer = build_language_model(job)
-        check_vocabulary(data, model.get_output_embeddings().weight.shape[0], job.title)
+        check_vocabulary(self._vocabulary, model.get_output_embeddings().weight.shape[0], job.title)
         if self._device.type == "cpu":
             attend_by_rows(model)
-        check_parts(job.title, model.eval(), data.facts["vocabulary"])
+        check_parts(job.title, model.eval(), self._vocabulary)
         if self._lora:
             model = with_adapters(model, self._lora, job.settings.seed, self._device)
         if job.settings.gradient_checkpointing:
@@ -101,7 +121,12 @@ class LanguageLesson:
             "labels_N": batch.labels_N.to(self._device),
         }
 
-    def _on_device(self, teacher: Teacher) -> Teacher:
+    def _on_device(self, teacher: Teacher | CrossTeacher) -> Teacher | CrossTeacher:
+        if isinstance(teacher, RankTargets) and isinstance(teacher.teacher, HiddenTargets):
+            assert self._head is not None
+            moved = teacher.to(self._device)
+            assert isinstance(moved.teacher, HiddenTargets)
+            return RankTargets(moved.places_M, HiddenTargets(moved.teacher.hidden_ND, self._head))
         if isinstance(teacher, HiddenTargets):
             assert self._head is not None
             return HiddenTargets(teacher.hidden_ND.to(self._device), self._head)
@@ -160,9 +185,22 @@ def build_language_model(job: TrainingJob, *, alone: bool = False) -> tuple[Any,
         return LANGUAGE_MODEL.load(source.setting, source.folder())
     build = partial(
         build_language_student, job.config.student, teacher_folder=source.folder(),
-        max_length=job.config.data.max_length, seed=job.settings.seed,
+        max_length=student_length(job.config), seed=job.settings.seed,
     )  # fmt: skip
     return first_student(job, build, _train_rows, kind=LANGUAGE_MODEL, alone=alone)
+
+
+def _own_rows(job: TrainingJob) -> Manifest | None:
+    """The rows of a student, or its control, with another tokenizer than the teacher's."""
+    if job.role == "teacher" or not crosses_tokenizers(job.config):
+        return None
+    manifest = read_manifest(open_store(job.run_url), STUDENT_ROWS)
+    assert manifest is not None
+    return manifest
+
+
+def needs_teacher(objective: object) -> bool:
+    return isinstance(objective, TokenObjective) and objective.needs_teacher
 
 
 def _train_rows(store: Store, data: Manifest) -> TokenRows:

@@ -23,4 +23,5 @@ def token_objective(loss: Loss) -> TokenObjective:
     return TokenObjective(
         temperature=1.0 if loss.kind in WITHOUT_TEMPERATURE else loss.temperature, alpha=loss.alpha, kind=loss.kind,
         parameters=parameters, label_smoothing=loss.label_smoothing, always_response=loss.alpha_end is not None,
+        cross_tokenizer=loss.cross_tokenizer,
     )  # fmt: skip

@@ -55,6 +55,7 @@ def prepare_texts(config: Config, run: Run, surveyed: SurveyedTexts | None, prog
         "repeated": repeated,
         "splits_long": config.data.long_documents == "split" and fields_of(config).settings == "data.text",
         "files": {split: list(source.files) for split, source in surveyed.sources.items()},
+        **({"keeps_text": True} if config.data.keep_text else {}),
         **_written_facts(surveyed),
     }
     manifest = commit_manifest(run.store, "data", plan.fingerprint, entries, facts)
@@ -89,8 +90,9 @@ def _write(
     writers, first = {}, 0
     for split, rows in surveyed.rows.items():
         writers[split] = TokenShardWriter(
-            run.store, split, first_row_id=first, shard_rows=config.data.shard_rows, fingerprint=fingerprint
-        )
+            run.store, split, first_row_id=first, shard_rows=config.data.shard_rows, fingerprint=fingerprint,
+            keeps_text=config.data.keep_text,
+        )  # fmt: skip
         first += rows
     counts_V, done, started = np.zeros(surveyed.vocabulary, np.int64), 0, time.monotonic()
     total = sum(counts["documents"] for counts in surveyed.counts.values())

@@ -17,9 +17,10 @@ import torch
 from raydistill.cache.alphabet import Alphabet
 from raydistill.cache.hidden_shards import write_head
 from raydistill.cache.next_tokens import HEAD, column_of, whole_writer
-from raydistill.cache.sampling import drawn_targets, reduced, sampled_targets, top_targets
+from raydistill.cache.sampling import Head, drawn_targets, reduced, sampled_targets, top_targets
 from raydistill.cache.sparse_rows import SparseFormat
 from raydistill.cache.sparse_shards import write_sparse
+from raydistill.cache.text_logprobs import text_shard
 from raydistill.config.language import SPARSE
 from raydistill.data.token_shards import TokenShard, read_token_shard
 from raydistill.data.tokens import pack_by_length, pad
@@ -30,6 +31,7 @@ from raydistill.next_token import check_parts, chunk_of, hidden_states, output_h
 from raydistill.record.commit import Entry, committed_shard
 from raydistill.record.store import open_store
 from raydistill.stages.forward import DTYPES, TOKENS_PER_BATCH
+from raydistill.stages.language.text_scoring import ShardText
 from raydistill.targets import SparseTargets
 
 FLOAT16_MAX = 65504.0
@@ -51,6 +53,7 @@ class LanguageScoringJob:
     head_with: str  # the shard of data with which the output head is written, where the codec needs it
     vocabulary: int
     dtype: str
+    text_logprobs: bool
     tokens_per_batch: int | None
     features: None = None  # of classifiers
     rows: None = None
@@ -84,15 +87,20 @@ class LanguageScorer:
         facts: dict[str, Any] = {"seconds": 0.0, "tokens": 0.0}
         if job.codec == "hidden" and entry.file == job.head_with:
             self._commit_head()
-        if (standing := committed_shard(self._output, name, job.fingerprint)) is not None:
+        beside = not job.text_logprobs or committed_shard(self._output, self._text_name(entry), job.fingerprint)
+        if beside and (standing := committed_shard(self._output, name, job.fingerprint)) is not None:
             return standing, facts
         shard = read_token_shard(self._data, entry)
         started = time.perf_counter()
         try:
-            made = self._sparse(name, shard) if job.form else self._whole(name, shard)
+            text = ShardText(shard, is_kept=job.text_logprobs, device=self._device)
+            made = (self._sparse if job.form else self._whole)(name, shard, text)
         except ValueError as error:
             raise UserError(f"{job.source.setting}: shard {entry.file}: {error}") from None
         return made, {"seconds": time.perf_counter() - started, "tokens": float(len(shard.tokens))}
+
+    def _text_name(self, entry: Entry) -> str:
+        return f"{self._job.folder}/{text_shard(entry.file)}"
 
     def _commit_head(self) -> None:
         name = f"{self._job.folder}/{HEAD}"
@@ -108,7 +116,7 @@ class LanguageScorer:
                 inputs = {name: value.to(self._device) for name, value in inputs.items()}
                 yield rows, [shard.positions(int(row)) for row in rows], hidden_states(self._model, inputs)
 
-    def _sparse(self, name: str, shard: TokenShard) -> Entry:
+    def _sparse(self, name: str, shard: TokenShard, text: ShardText) -> Entry:
         """Scores into sparse targets, in the order of the shard's rows."""
         assert self._job.form is not None
         assert self._alphabet is not None
@@ -118,7 +126,9 @@ class LanguageScorer:
                 hidden[torch.from_numpy(at).to(self._device)] for hidden, at in zip(hidden_RLD, positions, strict=True)
             ]
             row_ids_N = np.repeat(shard.row_ids_R[rows], [len(at) for at in positions])
-            parts.append(self._kept(torch.cat(taken), row_ids_N, np.concatenate(positions)).to(torch.device("cpu")))
+            head = text.watched(rows, self._head)
+            kept = self._kept(torch.cat(taken), head, row_ids_N, np.concatenate(positions))
+            parts.append(kept.to(torch.device("cpu")))
             order.append(rows)
         scored = np.concatenate(order)
         counts = shard.learnt_R[scored]
@@ -126,14 +136,15 @@ class LanguageScorer:
         begins[scored] = np.cumsum(counts) - counts
         places = np.concatenate([np.arange(b, b + n) for b, n in zip(begins, shard.learnt_R, strict=True)])
         targets = SparseTargets.joined(parts).select(torch.from_numpy(places))
+        text.commit(self._output, self._job.folder, self._job.fingerprint)
         return write_sparse(
             self._output, name, shard.row_ids_R, shard.learnt_R, targets,
             form=self._job.form, alphabet=self._alphabet, fingerprint=self._job.fingerprint,
         )  # fmt: skip
 
-    def _kept(self, hidden_ND: torch.Tensor, row_ids_N: Int64, positions_N: Int64) -> SparseTargets:
+    def _kept(self, hidden_ND: torch.Tensor, head: Head, row_ids_N: Int64, positions_N: Int64) -> SparseTargets:
         return reduced(
-            hidden_ND, self._head, self._keep,
+            hidden_ND, head, self._keep,
             row_ids_N=torch.from_numpy(row_ids_N).to(self._device),
             positions_N=torch.from_numpy(positions_N).to(self._device), chunk=chunk_of(self._job.vocabulary),
         )  # fmt: skip
@@ -152,7 +163,7 @@ class LanguageScorer:
             check_finite(logits_CV, row_ids_C, positions_C)
             raise error
 
-    def _whole(self, name: str, shard: TokenShard) -> Entry:
+    def _whole(self, name: str, shard: TokenShard, text: ShardText) -> Entry:
         """Scores into hidden states or logits, row by row as they come."""
         job = self._job
         width = job.vocabulary if job.codec == "dense" else self._head.weight_VD.shape[1]
@@ -164,12 +175,19 @@ class LanguageScorer:
                     hidden_ND = hidden_RLD[number, torch.from_numpy(at).to(self._device)]
                     ids = torch.full((len(at),), int(shard.row_ids_R[rows[number]]))
                     check_finite(hidden_ND, ids, torch.from_numpy(at))
-                    kept[number, : len(at)] = hidden_ND if job.codec == "hidden" else self._dense(hidden_ND)
+                    row = rows[number : number + 1]
+                    if job.codec == "hidden":
+                        text.watch_hidden(row, hidden_ND, self._head, chunk_of(job.vocabulary))
+                        kept[number, : len(at)] = hidden_ND
+                    else:
+                        kept[number, : len(at)] = self._dense(text.watched(row, self._head), hidden_ND)
                 writer.add(shard.row_ids_R[rows], counts, {column_of(job.codec): kept})
+            text.commit(self._output, job.folder, job.fingerprint)
             return writer.commit(job.fingerprint)
 
-    def _dense(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        logits_NV = self._head.logits(hidden_ND)
+    @staticmethod
+    def _dense(head: Head, hidden_ND: torch.Tensor) -> torch.Tensor:
+        logits_NV = head.from_products(head.products(hidden_ND))
         if (largest := logits_NV.abs().max().item()) > FLOAT16_MAX:
             raise ValueError(f"a logit of {largest:.4g} does not fit float16; use teacher.next_tokens.codec=hidden")
         return logits_NV

@@ -14,6 +14,7 @@ from raydistill.data.documents import Asks, read_documents
 from raydistill.data.readers import Fields, kind_of
 from raydistill.data.sources import Dropped, Source, find_sources
 from raydistill.data.splits import ValidationDraw
+from raydistill.data.token_bytes import TokenBytes
 from raydistill.data.token_rows import Rules, tokenise_documents
 from raydistill.data.tokens import load_tokenizer
 from raydistill.errors import UserError
@@ -53,7 +54,8 @@ def rules_of(config: Config) -> Rules:
             " use data.prompt and data.response"
         )
     splits = config.data.long_documents == "split"
-    return Rules(tokenizer, config.data.max_length, splits, config.data.learnt_roles)
+    measured = TokenBytes(tokenizer, "teacher.model") if config.data.keep_text else None
+    return Rules(tokenizer, config.data.max_length, splits, config.data.learnt_roles, measured)
 
 
 def survey_texts(config: Config, progress: Progress) -> SurveyedTexts:

@@ -12,6 +12,7 @@ from typing import Any
 from raydistill.cache.hidden_shards import read_head
 from raydistill.cache.language_codecs import LANGUAGE_CODECS
 from raydistill.cache.next_tokens import ALPHABET, HEAD, format_facts, named
+from raydistill.cache.text_logprobs import text_shard
 from raydistill.config.language import NextTokens
 from raydistill.config.run import Config
 from raydistill.errors import UserError
@@ -56,6 +57,7 @@ def next_tokens_job(config: Config, run: Run, data: Manifest, source: ModelSourc
         source=source, data_url=run.home("data").root, output_url=run.store.root, folder=FOLDER, fingerprint="",
         codec=settings.codec, form=sparse_format(settings), alphabet=named(data, ALPHABET),
         head_with=data.shards(*SPLITS)[0].file, vocabulary=data.facts["vocabulary"], dtype=dtype,
+        text_logprobs=settings.text_logprobs,
         tokens_per_batch=config.teacher.tokens_per_batch,
     )  # fmt: skip
 
@@ -73,6 +75,13 @@ def score_next_tokens(
         if head is None:
             raise UserError(f"{run.store.where(job.folder)}/{HEAD}: is damaged. Remove it, to score again")
         entries.append(head)
+    if job.text_logprobs:
+        beside = [
+            committed_shard(run.store, f"{job.folder}/{text_shard(e.file)}", job.fingerprint) for e in scored.entries
+        ]
+        if None in beside:
+            raise UserError(f"{run.store.where(job.folder)}: a file was removed. Do the same command again")
+        entries += [entry for entry in beside if entry is not None]
     return _commit(config, run, job, data, entries, scored.totals, progress, title)
 
 
@@ -88,6 +97,7 @@ def _commit(
         **_width(run, job.folder, entries),
         **format_facts(sparse_format(settings)),
         **head_facts(job.source.folder()),
+        **({"text_logprobs": True} if settings.text_logprobs else {}),
         "promise": LANGUAGE_CODECS[settings.codec].promise,
         "temperatures": "1" if sparse_format(settings) else "any",
         "vocabulary": data.facts["vocabulary"],
@@ -138,6 +148,8 @@ def next_tokens_plan(config: Config, run: Run, data: Manifest, resources: Resour
         "teacher.next_tokens.codec": settings.codec,
         **{f"teacher.next_tokens.{name}": value for name, value in format_facts(form).get("format", {}).items()},
     }
+    if settings.text_logprobs:
+        inputs["teacher.next_tokens.text_logprobs"] = True
     if form is not None:
         inputs["alphabet_sha256"] = named(data, ALPHABET).sha256
     return Plan("cache", inputs)

@@ -7,6 +7,7 @@ from typing import Any
 
 from raydistill.config.run import Config
 from raydistill.config.section import identity
+from raydistill.data.student_rows import check_texts
 from raydistill.data.tokens import load_tokenizer
 from raydistill.models.configuration import end_tokens
 from raydistill.models.folders import CHAT_TEMPLATE, find_model, model_identity, tokenizer_identity
@@ -35,6 +36,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "task": config.task,
         "data.columns": fields_of(config).names,
         **{f"data.{name}": getattr(data, name) for name in names},
+        **({"data.keep_text": True} if data.keep_text else {}),
         **({"data.txt_documents": data.txt_documents} if data.txt_documents != "file" else {}),
         "data.validation": "a source" if isinstance(data.validation, str) else data.validation,
         "tokenizer_sha256": tokenizer_identity(folder),
@@ -69,6 +71,8 @@ def _chat_settings(config: Config, folder: Path) -> dict[str, Any]:
 def standing_texts(config: Config, run: Run) -> Manifest | None:
     """The manifest of data that are complete for these very sources and settings, known without reading a row."""
     plan, manifest = run.plan("data"), run.complete("data")
+    if manifest is not None and run.lender and config.data.keep_text:
+        check_texts(manifest, run.lender.where("data"))
     if plan is None or manifest is None or run.redo == "prepare":
         return None
     sources = {split: find_split(config, split).identity() for split in own_splits(config)}

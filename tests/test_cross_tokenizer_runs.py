@@ -1,0 +1,336 @@
+"""Students with tokenizers of their own, through the real stages without Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from language_runs import tokenizer, unigram_tokenizer, write_jsonl, write_model
+from run_files import equal, facts, manifest, points, student_weights
+from small_runs import SmallRuns, results
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from raydistill.data.student_rows import read_student_shard
+from raydistill.data.token_shards import read_row_texts, read_token_shard
+from raydistill.record.store import LocalStore
+
+pytestmark = pytest.mark.xdist_group("small_runs")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tokenizers, and of a student with weights and one of them."""
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer(420).save_pretrained(folder / "bytes")
+    unigram_tokenizer(120).save_pretrained(folder / "pieces")
+    write_model(folder / "pretrained", tokenizer(420))
+    return {name: folder / name for name in ("bytes", "pieces", "pretrained")}
+
+
+def crossing(tokenizer_folder: Path, loss: str = "spans", more: dict[str, Any] | None = None) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "train.loss": {"cross_tokenizer": loss, "alpha": 0.8}, "student.tokenizer": str(tokenizer_folder),
+        "student.max_length": 60, "train.metric": "nll",
+    }  # fmt: skip
+    return settings | (more or {})
+
+
+@pytest.fixture(scope="module")
+def spans_run(language_runs: SmallRuns, own: dict[str, Path]) -> Path:
+    """A student whose tokenizer is of SentencePiece's kind, from a teacher whose is of bytes."""
+    folder = language_runs.start("prepare")
+    changes = crossing(own["pieces"], more={"train.log_every": 1})
+    answer = language_runs.run(folder, "prepare", "teach", "train", changes=changes)
+    assert answer["error"] is None, answer["error"]
+    return folder
+
+
+def test_a_student_learns_from_spans(spans_run: Path):
+    train, validation = points(spans_run, "train"), points(spans_run, "validation")
+    assert train[-1]["spans"] < train[0]["spans"]
+    assert math.isfinite(validation[-1]["nll"])
+    assert set(validation[-1]) & {"kl", "agreement"} == set()
+    for point in train:
+        assert point["loss"] == pytest.approx(0.8 * point["spans"] + 0.2 * point["cross_entropy"], rel=1e-5)
+    saved = AutoTokenizer.from_pretrained(spans_run / "student")
+    assert saved.convert_ids_to_tokens(list(range(len(saved)))) == unigram_tokenizer(120).convert_ids_to_tokens(
+        list(range(len(saved)))
+    )
+
+
+def test_rows_are_the_same_texts_and_spans_their_parts(spans_run: Path):
+    store, ours = LocalStore(str(spans_run)), AutoTokenizer.from_pretrained(spans_run / "student")
+    theirs = AutoTokenizer.from_pretrained(facts_config(spans_run)["teacher"]["model"])
+    checked = missing = total = 0
+    for entry in manifest(spans_run, "data").shards("train", "validation", "test"):
+        shard, texts = read_token_shard(store, entry), read_row_texts(store, entry)
+        mine = read_student_shard(
+            store, next(e for e in manifest(spans_run, "student_rows").files if e.file == entry.file)
+        )
+        assert mine.tokens.row_ids_R.tolist() == shard.row_ids_R.tolist()
+        for row, (text, _, _) in enumerate(texts):
+            assert theirs.decode(shard.row(row), skip_special_tokens=True).encode() == text.data
+            learnt = [one.row(row)[one.positions(row) + 1] for one in (shard, mine.tokens)]
+            spans = mine.spans.row(row)
+            for t0, t1, s0, s1, size in zip(*(spans[name].tolist() for name in spans), strict=True):
+                part = theirs.decode(learnt[0][t0:t1], skip_special_tokens=True)
+                pieces = ours.convert_ids_to_tokens(learnt[1][s0:s1].tolist())
+                written = "".join(pieces).replace("\u2581", " ").replace("</s>", "")
+                assert part.strip() == written.strip()
+                assert size in (len(part.encode()), len(part.strip().encode()))
+                checked += 1
+            # All that the teacher learns of a row is in spans, but where the student's token reaches over its border.
+            learnable = len(text.data) - (0 if text.begins else int(text.ends_L[0]))
+            assert spans["sizes"].sum() <= learnable
+            missing += learnable - int(spans["sizes"].sum())
+            total += learnable
+    assert checked > 500
+    assert missing < 0.03 * total
+
+
+def facts_config(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "config.yaml").read_text())
+
+
+def test_the_cache_holds_what_the_teacher_gives_to_the_text(spans_run: Path):
+    store = LocalStore(str(spans_run))
+    teacher = AutoModelForCausalLM.from_pretrained(facts_config(spans_run)["teacher"]["model"]).eval()
+    cache = manifest(spans_run, "teacher/cache")
+    assert cache.facts["text_logprobs"]
+    for entry in manifest(spans_run, "data").shards("train")[:1]:
+        shard = read_token_shard(store, entry)
+        table = pq.read_table(spans_run / "teacher/cache" / f"text-{entry.file}")
+        assert table["row_id"].to_pylist() == shard.row_ids_R.tolist()
+        for row, kept in enumerate(table["logprobs"].to_pylist()):
+            ids = torch.from_numpy(shard.row(row)).long()
+            with torch.no_grad():
+                logprobs = teacher(input_ids=ids[None]).logits[0, :-1].double().log_softmax(dim=-1)
+            expected = logprobs.gather(1, ids[1:, None])[:, 0].numpy()
+            np.testing.assert_allclose(np.frombuffer(kept, "<f2"), expected, rtol=2e-3, atol=1e-4)
+    assert {f"text-{entry.file}" for entry in manifest(spans_run, "data").shards("train", "validation")} <= {
+        entry.file for entry in cache.files
+    }
+
+
+def test_the_pages_reader_of_spans_reads_them(spans_run: Path):
+    page = Path(__file__).parents[1] / "docs" / "codecs.md"
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)[1], names)
+    entry = manifest(spans_run, "student_rows").shards("train")[0]
+    places = spans_run / "student_rows" / entry.file, spans_run / "teacher/cache" / f"text-{entry.file}"
+    own = read_student_shard(LocalStore(str(spans_run)), entry)
+    for row, (row_id, found) in enumerate(names["read_spans"](*places)):
+        spans = own.spans.row(row)
+        assert row_id == own.tokens.row_ids_R[row]
+        assert [size for size, _ in found] == spans["sizes"].tolist()
+        (kept,) = pq.read_table(places[1])["logprobs"][row : row + 1].to_pylist()
+        kept = np.frombuffer(kept, "<f2").astype(float)
+        expected = [kept[a:b].sum() for a, b in zip(spans["teacher_begins"], spans["teacher_ends"], strict=True)]
+        np.testing.assert_allclose([nats for _, nats in found], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"teacher.next_tokens": {"codec": "hidden"}}, {"teacher.next_tokens": {"codec": "dense"}},
+        {"teacher.next_tokens": {"codec": "topk", "kept": 20}}, {},
+    ],
+    ids=["hidden", "dense", "topk", "sampled"],
+)  # fmt: skip
+def test_a_student_learns_from_sorted_probabilities(language_runs: SmallRuns, own: dict[str, Path], changes: Any):
+    folder = language_runs.start("prepare")
+    answer = language_runs.run(
+        folder, "prepare", "teach", "train", plain=True, changes=crossing(own["bytes"], "uld", changes)
+    )
+    assert answer["error"] is None, answer["error"]
+    assert points(folder, "train")[-1]["uld"] < points(folder, "train")[0]["uld"]
+    assert "text_logprobs" not in facts(folder, "teacher/cache")
+
+
+def test_a_killed_training_goes_on_to_the_same_bytes(language_runs: SmallRuns, own: dict[str, Path], spans_run: Path):
+    changes = crossing(own["pieces"], more={"train.log_every": 1})
+    folder = language_runs.start("prepare")
+    for part in ("data", "teacher", "student_rows"):
+        shutil.copytree(spans_run / part, folder / part)
+    last = max(p.name for p in (spans_run / "train/checkpoints").glob("step-*") if p.is_dir())
+    done = language_runs.run(folder, "train", changes=changes, fault="1:kill")
+    assert done == {"exit": -9}
+    whole = language_runs.run(folder, "train", changes=changes)
+    number = 1 + whole["operations"].index(f"rename {last}")
+    again = language_runs.start("prepare")
+    for part in ("data", "teacher", "student_rows"):
+        shutil.copytree(spans_run / part, again / part)
+    assert language_runs.run(again, "train", changes=changes, fault=f"{number}:kill") == {"exit": -9}
+    answer = language_runs.run(again, "train", changes=changes)
+    assert answer["error"] is None, answer["error"]
+    assert any("going_on_from" in post for post in answer["posts"])
+    for other in (folder, again):
+        assert equal(student_weights(other), student_weights(spans_run))
+    assert results(again) == results(folder)
+
+
+def test_rows_whose_making_was_killed_have_the_same_bytes(
+    language_runs: SmallRuns, own: dict[str, Path], spans_run: Path
+):
+    changes = crossing(own["pieces"], more={"train.log_every": 1})
+    folder = language_runs.start("prepare")
+    shutil.copytree(spans_run / "data", folder / "data")
+    assert language_runs.run(folder, "prepare", changes=changes, fault="6:kill") == {"exit": -9}
+    answer = language_runs.run(folder, "prepare", changes=changes)
+    assert answer["error"] is None, answer["error"]
+    for path in (spans_run / "student_rows").glob("*.parquet"):
+        assert (folder / "student_rows" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_pretrained_student_and_two_ranks(language_runs: SmallRuns, own: dict[str, Path], spans_run: Path):
+    found = []
+    for workers in (1, 2):
+        folder = language_runs.start("prepare")
+        for part in ("data", "teacher"):
+            shutil.copytree(spans_run / part, folder / part)
+        changes = {
+            "train.loss": {"cross_tokenizer": "spans", "alpha": 0.8}, "train.metric": "nll", "train.workers": workers,
+            "student": {"init": "pretrained", "model": str(own["pretrained"])}, "train.log_every": 1,
+        }  # fmt: skip
+        answer = language_runs.run(folder, "prepare", "teach", "train", changes=changes)
+        assert answer["error"] is None, answer["error"]
+        found.append([point["loss"] for point in points(folder, "train")])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0][-1] < found[0][0]
+
+
+@pytest.fixture(scope="module")
+def reported(language_runs: SmallRuns, own: dict[str, Path], spans_run: Path) -> Path:
+    """The run with its control, its report and an exported file."""
+    changes = crossing(own["pieces"], more={"train.log_every": 1, "export": {"formats": ["safetensors-bf16"]}})
+    changes["export"] |= {"min_agreement": 0.5, "max_perplexity_rise": 1.0}
+    for stage in ("evaluate", "export"):
+        answer = language_runs.run(spans_run, stage, changes=changes)
+        assert answer["error"] is None, answer["error"]
+    return spans_run
+
+
+def nats_of_spans(folder: Path, model: Path, side: str) -> tuple[float, int]:
+    """What a model gives to the spans of test, one row at a time by transformers; and their bytes."""
+    store, total, size = LocalStore(str(folder)), 0.0, 0
+    loaded = AutoModelForCausalLM.from_pretrained(model).eval()
+    for entry in manifest(folder, "data").shards("test"):
+        own_entry = next(e for e in manifest(folder, "student_rows").files if e.file == entry.file)
+        own = read_student_shard(store, own_entry)
+        shard = read_token_shard(store, entry) if side == "teacher" else own.tokens
+        for row in range(len(shard)):
+            ids = torch.from_numpy(shard.row(row)).long()
+            with torch.no_grad():
+                logprobs = loaded(input_ids=ids[None]).logits[0].double().log_softmax(dim=-1)
+            at, spans = shard.positions(row), own.spans.row(row)
+            for begin, end in zip(spans[f"{side}_begins"].tolist(), spans[f"{side}_ends"].tolist(), strict=True):
+                for place in at[begin:end].tolist():
+                    total -= logprobs[place, ids[place + 1]].item()
+            size += int(spans["sizes"].sum())
+    return total, size
+
+
+def test_the_report_has_bits_of_the_same_bytes(reported: Path):
+    report = json.loads((reported / "report/report.json").read_text())
+    teacher = Path(facts_config(reported)["teacher"]["model"])
+    folders = {"teacher": teacher, "student": reported / "student", "control": reported / "control/model"}
+    assert report["unit"] == "byte"
+    for name, folder in folders.items():
+        nats, size = nats_of_spans(reported, folder, "teacher" if name == "teacher" else "student")
+        assert size == report["test_positions"]
+        assert report[name]["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-4)
+        assert report[name]["perplexity"] == pytest.approx(math.exp(nats / size), rel=1e-4)
+        assert "agreement" not in report[name]
+    assert report["agreement"] is None
+    assert report["retention"] == pytest.approx(report["teacher"]["perplexity"] / report["student"]["perplexity"])
+    page = (reported / "report/report.html").read_text()
+    assert "perplexity a byte" in page
+    assert "different tokenizers" in page
+    assert "KL from the teacher" not in page
+    assert facts(reported, "export/safetensors-bf16")
+
+
+def test_the_same_tokenizer_has_a_span_for_each_token(language_runs: SmallRuns):
+    folder = language_runs.start("prepare")
+    teacher = language_runs.input / "teacher"
+    answer = language_runs.run(folder, "prepare", changes=crossing(teacher))
+    assert answer["error"] is None, answer["error"]
+    for counts in facts(folder, "student_rows")["counts"].values():
+        assert counts["spans"] == counts["in_spans"] == counts["teacher_in_spans"] == counts["learnt"]
+        assert counts["learnt"] == counts["teacher_learnt"]
+    store = LocalStore(str(folder))
+    for entry in manifest(folder, "data").shards("train"):
+        own_entry = next(e for e in manifest(folder, "student_rows").files if e.file == entry.file)
+        one, other = read_token_shard(store, entry), read_student_shard(store, own_entry).tokens
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.learnt.tolist() == other.learnt.tolist()
+
+
+def test_prompts_and_responses(language_runs: SmallRuns, own: dict[str, Path], tmp_path: Path):
+    rows = [
+        {"q": f"Who was {name}?", "a": f" {name} was a cat, \U0001f431 and e\u0301."} for name in "ABCDEFGHIJKLMNOP"
+    ]
+    files = {name: write_jsonl(tmp_path / f"{name}.jsonl", rows) for name in ("train", "test")}
+    folder = language_runs.start("prepare")
+    changes = crossing(own["bytes"]) | {f"data.{name}": str(path) for name, path in files.items()}
+    changes |= {"data.prompt": "q", "data.response": "a"}
+    answer = language_runs.run(folder, "prepare", "teach", "train", plain=True, changes=changes)
+    assert answer["error"] is None, answer["error"]
+    counts = facts(folder, "student_rows")["counts"]["train"]
+    # A response's bytes, whose end is a span of its own, and nothing of the prompts.
+    rows_there = manifest(folder, "data").facts["counts"]["train"]["rows"]
+    assert counts["bytes"] == rows_there * len(rows[0]["a"].encode())
+    assert counts["teacher_in_spans"] == counts["teacher_learnt"]
+
+
+def refused(language_runs: SmallRuns, changes: dict[str, Any], *stages: str, folder: Path | None = None) -> str:
+    answer = language_runs.run(folder or language_runs.start("prepare"), *(stages or ("prepare",)), changes=changes)
+    assert answer["error"] is not None
+    return answer["error"]
+
+
+def test_bad_inputs_are_refused_in_one_line(
+    language_runs: SmallRuns, own: dict[str, Path], spans_run: Path, tmp_path: Path
+):
+    from tokenizers import normalizers
+
+    lower = tokenizer(420)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    lower.save_pretrained(tmp_path / "lower")
+    assert "its tokenizer changes " in refused(language_runs, crossing(tmp_path / "lower"))
+    assert "no such folder" in refused(language_runs, crossing(tmp_path / "nothing"), "prepare", "teach")
+    drawn = crossing(own["bytes"], "uld", more={"teacher.next_tokens": {"codec": "random", "kept": 8}})
+    assert "cross_tokenizer: uld compares probabilities by rank" in refused(language_runs, drawn, "prepare", "teach")
+    # Without the setting the other tokenizer is refused, with the setting that allows it.
+    other = {"student": {"init": "pretrained", "model": str(own["pretrained"])}}
+    assert "or set train.loss.cross_tokenizer=spans" in refused(language_runs, other, "prepare", "teach")
+    # A run without texts and without the column, and one that lends its cache.
+    assert "data.keep_text" in refused(language_runs, crossing(own["bytes"]), folder=language_runs.start("train"))
+    lent = crossing(own["bytes"], more={"teacher.cache_from": str(language_runs.whole)})
+    assert "Set data.keep_text=true there, and do it again with --redo prepare" in refused(language_runs, lent)
+    folder = language_runs.start("prepare")
+    kept = language_runs.run(folder, "prepare", "teach", changes={"data.keep_text": True})
+    assert kept["error"] is None, kept["error"]
+    lent["teacher.cache_from"] = str(folder)
+    assert "score again with --redo teach" in refused(language_runs, lent, "prepare", "teach")
+
+
+def test_a_lent_cache_serves_a_student_of_another_tokenizer(
+    language_runs: SmallRuns, own: dict[str, Path], spans_run: Path
+):
+    folder = language_runs.start("prepare")
+    changes = crossing(own["bytes"], more={"teacher.cache_from": str(spans_run)})
+    answer = language_runs.run(folder, "prepare", "teach", "train", plain=True, changes=changes)
+    assert answer["error"] is None, answer["error"]
+    assert not (folder / "data").exists()
+    assert answer["scored"] == []
+    assert points(folder, "train")[-1]["spans"] < points(folder, "train")[0]["spans"]
