@@ -77,6 +77,10 @@ def test_stages_have_it_all_or_none():
         ({"train": {}}, r"student.tokenizer means nothing without train.loss.cross_tokenizer"),
         ({"train": {}, "student": {**STUDENT, "max_length": 9}}, r"student.max_length means nothing without"),
         ({"train__metric": "kl"}, r"train.metric: kl compares next tokens"),
+        (
+            {"train__stages": [{"name": "a", "metric": "agreement"}]},
+            r"train.stages\[0\].metric: agreement compares next tokens",
+        ),
         ({"data__keep_text": False}, r"data.keep_text: train.loss.cross_tokenizer aligns tokens"),
         ({"teacher__next_tokens": {"text_logprobs": False}}, r"spans learns from them; set it to true"),
         ({"data__messages": "chat"}, r"data.keep_text: a chat is written by one tokenizer's template"),
@@ -88,11 +92,24 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
         made(**changes)
 
 
-@pytest.mark.parametrize("name", ["student.tokenizer", "student.max_length", "train.loss.cross_tokenizer"])
+@pytest.mark.parametrize("name", ["student.tokenizer", "student.max_length"])
 def test_a_search_has_one_tokenizer(name: str):
-    space = {name: {"choice": [40, 50] if name.endswith("length") else ["spans", "uld"]}}
+    space = {name: {"choice": [40, 50] if name.endswith("length") else ["one", "other"]}}
     with pytest.raises(UserError, match=r"rows are tokenised once, for one student's tokenizer"):
         made(tune={"space": space, "trials": 2})
+
+
+def test_a_search_has_one_loss_between_tokenizers():
+    """Trials of another one would find rows or a cache that were not made for it, where they are in lists as well."""
+    stages = [[{"name": "a", "loss": {"cross_tokenizer": name}}] for name in ("spans", "uld")]
+    for name, values in {"train.loss.cross_tokenizer": ["spans", "uld"], "train.stages": stages}.items():
+        with pytest.raises(UserError, match=rf"tune.space.{name}: rows and cache are made for one train.loss.cross"):
+            made(tune={"space": {name: {"choice": values}}, "trials": 2})
+    alpha = {
+        "train.loss.alpha": {"choice": [0.1, 0.9]},
+        "train.stages": {"choice": [stages[0], [*stages[0], {**stages[0][0], "name": "b"}]]},
+    }
+    assert made(tune={"space": alpha, "trials": 2}).tune is not None
 
 
 def test_other_tasks_do_not_know_it():

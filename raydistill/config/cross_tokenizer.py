@@ -10,7 +10,12 @@ OF_STUDENT = ("student.tokenizer", "student.model", "student.init", "student.max
 
 def crosses_tokenizers(config: Any) -> bool:
     """Whether the student has a tokenizer of its own."""
-    return any(loss.cross_tokenizer is not None for loss in config.train.losses)
+    return crossings(config) != {None}
+
+
+def crossings(config: Any) -> set[str | None]:
+    """What the losses of all stages ask for between tokenizers; None of one that does not."""
+    return {loss.cross_tokenizer for loss in config.train.losses}
 
 
 def student_length(config: Any) -> int:
@@ -53,15 +58,21 @@ def check_cross_tokenizer(config: Any) -> None:
                 f"train.stages[{number}].teacher: previous scores rows as the teacher's tokenizer has them, and with"
                 " train.loss.cross_tokenizer the student has others; leave it out"
             )
-    for name, metric in {"train": config.train.metric, **({"tune": config.tune.metric} if config.tune else {})}.items():
+    _check_metrics(config)
+    for name in config.tune.space if config.tune is not None else ():
+        if name in OF_STUDENT:
+            raise ValueError(f"tune.space.{name}: rows are tokenised once, for one student's tokenizer; remove it")
+
+
+def _check_metrics(config: Any) -> None:
+    metrics = {"train": config.train.metric, **({"tune": config.tune.metric} if config.tune else {})}
+    metrics |= {f"train.stages[{n}]": stage.metric for n, stage in enumerate(config.train.stages or ())}
+    for name, metric in metrics.items():
         if metric in ("kl", "agreement"):
             raise ValueError(
                 f"{name}.metric: {metric} compares next tokens, which train.loss.cross_tokenizer has two kinds of; use"
                 " nll or accuracy"
             )
-    for name in config.tune.space if config.tune is not None else ():
-        if name in OF_STUDENT or name == "train.loss.cross_tokenizer":
-            raise ValueError(f"tune.space.{name}: rows are tokenised once, for one student's tokenizer; remove it")
 
 
 def _check_student(config: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from raydistill.config.cross_tokenizer import crossings
 from raydistill.config.messages import Path_, describe, dotted, first_problem, place_of
 from raydistill.config.run import Config
 from raydistill.config.section import is_speed
@@ -82,6 +83,10 @@ def check_space(config: Config, lines: dict[Path_, str], source: str) -> None:
         except ValueError as error:
             name, _, problem = str(error).partition(": ")
             raise _wrong(name, problem, lines, source) from None
+        if crossings(made) != crossings(config):
+            name = next((name for name in point if name.startswith("train.")), next(iter(point)))
+            problem = "rows and cache are made for one train.loss.cross_tokenizer, which no trial may change. Remove it"
+            raise _wrong(name, problem, lines, source)
         epochs, grace = made.train.all_epochs, config.tune.first_rung
         if grace >= epochs and config.tune.scheduler in ("asha", "screen"):
             where = place_of(("tune", "grace_epochs"), lines, source)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.cache.codecs import CODECS
+from raydistill.config.cross_tokenizer import crosses_tokenizers
 from raydistill.config.run import Config
 from raydistill.data.order import steps_per_epoch
 from raydistill.data.shards import STUDENT_SPLITS
@@ -28,6 +29,7 @@ from raydistill.stages.export import check_exports_stand
 from raydistill.stages.feature_cache import check_lent_features, features_plan
 from raydistill.stages.feature_cost import FeatureCost, feature_cost
 from raydistill.stages.features import feature_terms
+from raydistill.stages.language.student_rows import student_rows_plan
 from raydistill.stages.prepare import Surveyed, data_plan
 from raydistill.stages.progress import size
 from raydistill.stages.search_cost import SearchCost, search_cost
@@ -170,7 +172,11 @@ def check_plans(config: Config, run: Run, stages: tuple[str, ...], resources: Re
     A plan can be known once the parts that it is made from are complete. Raises UserError for the first that differs.
     """
     data = run.complete("data")
-    if data is None or stages == ("prepare",):
+    if data is None:
+        return
+    if crosses_tokenizers(config):
+        run.check("student_rows", student_rows_plan(config, run))
+    if stages == ("prepare",):
         return
     if not run.lender and not _check_teachers(config, run, stages, data, resources):
         return

@@ -21,6 +21,7 @@ from raydistill.record.commit import Entry, commit_manifest, committed_shard, re
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
 from raydistill.record.store import Store
+from raydistill.stages.language.student_rows import student_rows_plan
 from raydistill.stages.training_job import student_splits
 
 FOLDER = "tune/rows"
@@ -33,7 +34,7 @@ def rows_plan(config: Config, run: Run) -> Plan:
     assert config.tune is not None
     inputs = {"data": run.require("data").fingerprint, "seed": config.tune.seed, "share": config.tune.data_fraction}
     if crosses_tokenizers(config):
-        inputs["student_rows"] = run.require("student_rows").fingerprint
+        inputs["student_rows"] = student_rows_plan(config, run).fingerprint
     return Plan("rows", inputs)
 
 

@@ -26,6 +26,7 @@ from raydistill.stages.excluding import exclusion_of, marks_input
 from raydistill.stages.features import feature_terms
 from raydistill.stages.job import TrainingJob
 from raydistill.stages.language.objective import language_objective
+from raydistill.stages.language.student_rows import student_rows_plan
 from raydistill.stages.teachers import feature_source, folds_plan
 from raydistill.stages.training_stages import TrainingStage, stage_inputs
 from raydistill.students.build import needs_rows
@@ -80,7 +81,7 @@ def training_plan(request: TrainingRequest) -> Plan:
     else:
         inputs |= student_inputs(config, request.source)
         if crosses_tokenizers(config):
-            inputs["student_rows"] = run.require("student_rows").fingerprint
+            inputs["student_rows"] = student_rows_plan(config, run).fingerprint
     if role == "student":
         inputs |= _taught_inputs(config, run)
     skip = ("precision", "loss", "exclude") if role == "control" else ("precision",)
