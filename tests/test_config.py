@@ -107,10 +107,12 @@ def merged(tree: typing.Any, more: typing.Any) -> typing.Any:
     return tree | {name: merged(tree[name], value) if name in tree else value for name, value in more.items()}
 
 
-def test_the_readme_s_configs_are_taken(file: Path):
+def test_the_configs_of_readme_and_guide_are_taken(file: Path):
     """The first and those with a name are whole ones, the others say what to add to the first."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    blocks = [textwrap.dedent(block) for block in re.findall(r"^ *```yaml\n(.*?)^ *```$", readme, re.M | re.S)]
+    root = Path(__file__).parents[1]
+    pages = [root / "README.md", *sorted(root.glob("docs/*.md"))]
+    texts = "\n".join(page.read_text() for page in pages)
+    blocks = [textwrap.dedent(block) for block in re.findall(r"^ *```yaml\n(.*?)^ *```$", texts, re.M | re.S)]
     whole, *additions = map(yaml.safe_load, blocks)
     trees = [whole, *(one if "name" in one else merged(whole, one) for one in additions)]
     configs = [load(file, block) for block in (blocks[0], *map(yaml.safe_dump, trees))]
