@@ -42,7 +42,10 @@ def main() -> None:
         return
     lender = None
     for loss in arguments.losses.split(","):
-        print(json.dumps({"loss": loss, **measured(arguments.folder.resolve(), loss, lender, arguments.documents)}))
+        print(
+            json.dumps({"loss": loss, **measured(arguments.folder.resolve(), loss, lender, arguments.documents)}),
+            flush=True,
+        )
         lender = lender or arguments.folder.resolve() / loss
 
 
@@ -58,7 +61,7 @@ def measured(folder: Path, loss: str, lender: Path | None, documents: int) -> di
     base["teacher"] |= {"next_tokens": {"text_logprobs": True}} | ({"cache_from": str(lender)} if lender else {})
     base["student"]["tokenizer"] = str(own)
     base["train"] |= {"loss": {"alpha": 0.9, "cross_tokenizer": loss}, "metric": "nll"}
-    base["evaluate"] |= {"latency_requests": 8, "control": lender is None}
+    base["evaluate"] |= {"latency_requests": 16, "control": lender is None}
     stages = ("prepare", "teach", "train", "evaluate")
     report = run_stages(validate(base, {}, "benchmark"), stages, Progress(print))
     assert report is not None
