@@ -209,6 +209,28 @@ def test_certain_and_even_teachers():
         torch.testing.assert_close(total, torch.tensor(1.0), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("vocabulary", [40, sampling.BLOCK + 1, 3 * sampling.BLOCK - 1])
+def test_a_teacher_that_is_certain_in_float32_keeps_tokens_of_its_vocabulary(vocabulary: int):
+    """Whichever of the tokens without a probability are kept, they are tokens, and no one twice."""
+    logits = torch.zeros(3, vocabulary)
+    logits[torch.arange(3), torch.tensor([0, 5, vocabulary - 1])] = 500.0  # exp(-500) is 0 in float32
+    row_ids = positions = torch.arange(3)
+    for found in (
+        sampled_targets(logits, row_ids, positions, width=12, seed=0),
+        top_targets(logits, width=12),
+        sampled_targets(logits, row_ids, positions, width=vocabulary, seed=0),
+    ):
+        kept = found.ids_NK.sort(dim=-1).values
+        assert kept.min() >= 0
+        assert kept.max() < vocabulary
+        assert (kept[:, 1:] > kept[:, :-1]).all()
+        assert found.ids_NK[:, 0].tolist() == [0, 5, vocabulary - 1]
+        assert torch.equal(found.weights_NK, torch.eye(found.ids_NK.shape[1])[:1].expand(3, -1))
+    log_tail = top_targets(logits, width=12).log_tail_N
+    assert log_tail is not None
+    torch.testing.assert_close(log_tail, torch.full((3,), math.log(vocabulary - 12) - 500))
+
+
 def test_what_cannot_be_kept_is_refused():
     logits = made_logits(2)
     with pytest.raises(ValueError, match="keeps at least 2 tokens, found 1"):

@@ -124,7 +124,12 @@ class _Spread:
     def _largest(self, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the likeliest tokens have, most first, and their ids. They stand in the blocks of the largest maxima."""
         blocks_NK = self._maxima_NB.topk(min(kept, self._maxima_NB.shape[1]), dim=-1).indices
-        top_NK, places_NK = self._blocks(blocks_NK).flatten(1).topk(kept, dim=-1)
+        probs_NKS = self._blocks(blocks_NK)
+        if self._vocabulary % BLOCK:  # what fills the last block up is below tokens whose probability is 0 in float32
+            last_NK1 = (blocks_NK == self._vocabulary // BLOCK)[:, :, None]
+            filling_S = torch.arange(BLOCK, device=blocks_NK.device) >= self._vocabulary % BLOCK
+            probs_NKS = probs_NKS.masked_fill_(last_NK1 & filling_S, -1.0)
+        top_NK, places_NK = probs_NKS.flatten(1).topk(kept, dim=-1)
         return top_NK, blocks_NK.gather(1, places_NK // BLOCK) * BLOCK + places_NK % BLOCK
 
     def put(self, ids_NK: torch.Tensor, values_NK: torch.Tensor) -> None:
