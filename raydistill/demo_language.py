@@ -45,7 +45,7 @@ def language_demo_config(storage: Path, *, train: int = 1200, test: int = 200) -
         },
         # Products of 64 numbers gain nothing from bfloat16.
         "train": {
-            "epochs": 3, "learning_rate": 5.0e-3, "batch_size": 2, "choose": "last", "cpus_per_worker": 1,
+            "epochs": 3, "learning_rate": 2.5e-3, "batch_size": 2, "choose": "last", "cpus_per_worker": 1,
             "precision": "fp32", "loss": {"alpha": 0.9},
         },
         "evaluate": {"latency_requests": 64},

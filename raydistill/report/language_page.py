@@ -93,8 +93,9 @@ def language_verdict(report: dict[str, Any]) -> list[str]:
         low, high = report["gain_over_control_ci95"]
         shown = "more than chance" if low > 0 else "not shown to be more than chance"
         lines.append(
-            f"Learning from the teacher brought a perplexity {report['gain_over_control']:.3f} lower than that of the"
-            f" same student without it (95 % interval {low:+.3f} to {high:+.3f}: {shown})."
+            f"Learning from the teacher brought a perplexity {abs(report['gain_over_control']):.3f}"
+            f" {'lower' if report['gain_over_control'] >= 0 else 'higher'} than that of the same student without it"
+            f" (95 % interval of the gain {low:+.3f} to {high:+.3f}: {shown})."
         )
         if (report["gap_closed"] or 0) > 0:
             lines.append(f"That closes {report['gap_closed']:.0%} of the gap between control and teacher, in nats.")
