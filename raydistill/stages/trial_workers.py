@@ -51,7 +51,7 @@ class WorkersTraining:
         self._turns = beside_driver(Turns)
         self._sent = {"work": work, "turns": self._turns}
         self._latest, self._is_new = Outcome(number, (), 0, 0.0), True
-        self._losses = 0
+        self._lost_times = 0
         self._workers = self._start()
 
     def _start(self) -> Workers:
@@ -72,10 +72,10 @@ class WorkersTraining:
                     self._latest, self._is_new = outcome, False
                     return [outcome]
             if had_ended:
-                self._losses += 1
-                if self._losses > self._job.settings.max_failures:
+                self._lost_times += 1
+                if self._lost_times > self._job.settings.max_failures:
                     reason = self._workers.problem or "its workers ended"
-                    return [replace(self._latest, failed=f"{reason} ({self._losses} times)")]
+                    return [replace(self._latest, failed=f"{reason} ({self._lost_times} times)")]
                 self._workers = self._start()
             self._workers.wait(POLL_SECONDS)
 
