@@ -1,8 +1,9 @@
 """Students with another tokenizer than their teacher's: python benchmarks/cross_tokenizer.py
 
 On generated stories a teacher with 384 tokens is trained and asked once; from its cache students with a tokenizer of
-1,024 tokens of their own learn spans, sorted probabilities, and nothing (the control). --alignment measures instead how
-fast rows are tokenised for a student and aligned, in processor seconds, so that other work counts little.
+1,024 tokens of their own learn spans, sorted probabilities, each at every alpha, and nothing (the control). --alignment
+measures instead how fast rows are tokenised for a student and aligned, in processor seconds, so that other work counts
+little.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +36,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark-cross-tokenizer"))
     parser.add_argument("--losses", default="spans,uld")
+    parser.add_argument("--alphas", default="0.9,0.5,0.2")
     parser.add_argument("--documents", type=int, default=1200)
     parser.add_argument("--alignment", type=int, metavar="TOKENS")
     arguments = parser.parse_args()
     if arguments.alignment:
         print(json.dumps(alignment(arguments.alignment)), flush=True)
         return
-    lender = None
-    for loss in arguments.losses.split(","):
-        print(
-            json.dumps({"loss": loss, **measured(arguments.folder.resolve(), loss, lender, arguments.documents)}),
-            flush=True,
-        )
-        lender = lender or arguments.folder.resolve() / loss
+    folder, lender = arguments.folder.resolve(), None
+    for loss, alpha in product(arguments.losses.split(","), map(float, arguments.alphas.split(","))):
+        found = measured(folder, loss, alpha, lender, arguments.documents)
+        print(json.dumps({"loss": loss, "alpha": alpha, **found}), flush=True)
+        lender = lender or folder / f"{loss}-{alpha:g}"
 
 
-def measured(folder: Path, loss: str, lender: Path | None, documents: int) -> dict[str, Any]:
+def measured(folder: Path, loss: str, alpha: float, lender: Path | None, documents: int) -> dict[str, Any]:
     """The report of one student; what stands in the folder is kept."""
     base = language_demo_config(folder, train=documents).model_dump(mode="json", exclude_unset=True)
     own = folder / "own-tokenizer"
     if not own.exists():
         texts = (json.loads(line)["text"] for line in Path(base["data"]["train"]).read_text().splitlines())
         new_tokenizer(texts, VOCABULARY).save_pretrained(str(own))
-    base["name"] = loss
+    base["name"] = f"{loss}-{alpha:g}"
     base["data"]["keep_text"] = True
     base["teacher"] |= {"next_tokens": {"text_logprobs": True}} | ({"cache_from": str(lender)} if lender else {})
     base["student"]["tokenizer"] = str(own)
-    base["train"] |= {"loss": {"alpha": 0.9, "cross_tokenizer": loss}, "metric": "nll"}
+    base["train"] |= {"loss": {"alpha": alpha, "cross_tokenizer": loss}, "metric": "nll"}
     base["evaluate"] |= {"latency_requests": 16, "control": lender is None}
     stages = ("prepare", "teach", "train", "evaluate")
     report = run_stages(validate(base, {}, "benchmark"), stages, Progress(print))

@@ -37,6 +37,7 @@ def student(architecture: str, **changes: Any) -> Any:
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "vocabulary": 300}
     sizes |= {} if architecture == "gpt2" else {"num_key_value_heads": 2}
     sizes |= {"head_dim": 8} if "head_dim" in SIZES[architecture] else {}
+    sizes |= {"query_pre_attn_scalar": 8} if architecture == "gemma2" else {}  # as llama.cpp has it
     return tiny_language_model(architecture, **{**sizes, **changes})
 
 
@@ -78,6 +79,25 @@ def test_queries_and_keys_of_llama_stand_in_pairs(made: dict[str, Path]):
             for row in range(8):
                 expected = weight[8 * head + row // 2 + 4 * (row % 2)]
                 np.testing.assert_allclose(found[8 * head + row], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("layers", "divisor"), [(2, 8), (46, 12)])
+def test_queries_of_gemma_make_up_for_the_scale_that_llama_cpp_has(tmp_path: Path, layers: int, divisor: int):
+    # It divides by the root of a head's width (8), and with the 46 layers of 27B by that of the width over the heads.
+    model = student("gemma2", num_hidden_layers=layers, hidden_size=48, query_pre_attn_scalar=32)
+    write_language_export(model, tokenizer(), tmp_path / "file", "gguf", name="x")
+    tensors = {t.name: t for t in gguf.GGUFReader(str(tmp_path / "file" / GGUF_FILE)).tensors}
+    found = np.asarray(tensors["blk.1.attn_q.weight"].data, np.float32)
+    weight = model.model.layers[1].self_attn.q_proj.weight.detach().numpy()
+    np.testing.assert_allclose(found / divisor**0.5, weight / 32**0.5, rtol=1e-3, atol=1e-6)
+    assert LanguageExport("x", str(tmp_path / "file")).load_language().config.query_pre_attn_scalar == divisor
+
+
+def test_a_gemma_without_caps_has_them_where_no_logit_is(tmp_path: Path):
+    model = student("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    write_gguf(model, tokenizer(), tmp_path / "file", "gguf", name="x")
+    assert field(tmp_path / "file", "gemma2.attn_logit_softcapping") == pytest.approx(65504)
+    assert field(tmp_path / "file", "gemma2.final_logit_softcapping") == pytest.approx(65504)
 
 
 def field(path: Path, name: str) -> Any:

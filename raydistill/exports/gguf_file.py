@@ -1,11 +1,15 @@
 """A language model as a GGUF file, for llama.cpp, Ollama and vLLM: by the gguf package, for the architectures below.
 
 Matrices are float16, or 8 bits with a scale for every 32 numbers (Q8_0); vectors stay float32. Llama's queries and keys
-are turned from halves to pairs, which is how llama.cpp rotates them; Gemma's norms hold 1 + weight.
+are turned from halves to pairs, which is how llama.cpp rotates them; Gemma's norms hold 1 + weight. Gemma's scale of
+attention has no place in the file: llama.cpp takes the one that Google's models of so many layers have, and the queries
+are multiplied by what the student's is besides.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ ARCHITECTURES = {
 }  # fmt: skip
 QUANTISED = {"gguf": "F16", "gguf-q8": "Q8_0"}
 LARGEST = 65504.0  # of float16
+GEMMA_27B_LAYERS = 46  # by which llama.cpp knows it, and divides by the width over the heads
 
 
 def check_gguf() -> None:
@@ -89,14 +94,30 @@ def _write_sizes(writer: Any, config: Any) -> None:
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     if config.model_type == "gemma2":
         writer.add_sliding_window(config.sliding_window)
-        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        # llama.cpp always caps: where the student does not, so high that no logit is near it.
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping or LARGEST)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping or LARGEST)
 
 
 def context_length(config: Any) -> int:
     """The tokens that it reads: where llama.cpp knows no sliding window, those of one window, which is all the same."""
     window = getattr(config, "sliding_window", None) if config.model_type in ("mistral", "qwen2", "qwen3") else None
     return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
+
+def gguf_config(config: Any) -> Any:
+    """The configuration of the model that the file holds."""
+    found = copy.deepcopy(config)
+    if config.model_type == "gemma2":
+        found.query_pre_attn_scalar = _gemma_scalar(config)
+    return found
+
+
+def _gemma_scalar(config: Any) -> int:
+    """llama.cpp divides Gemma 2's products of queries and keys by the root of this."""
+    if config.num_hidden_layers == GEMMA_27B_LAYERS:
+        return config.hidden_size // config.num_attention_heads
+    return config.head_dim
 
 
 def _write_tokenizer(writer: Any, tokenizer: GgufTokenizer) -> None:
@@ -145,13 +166,15 @@ def _names(model: Any) -> dict[str, str]:
 
 
 def _turned(name: str, values: npt.NDArray[np.float32], config: Any) -> npt.NDArray[np.float32]:
-    """A weight in the order that llama.cpp has for it."""
+    """A weight in the order, and of the size, that llama.cpp has for it."""
     if ARCHITECTURES[config.model_type] == "llama" and (".q_proj." in name or ".k_proj." in name):
         heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
         halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
         return halves.swapaxes(1, 2).reshape(values.shape)
     if config.model_type == "gemma2" and name.endswith("norm.weight"):
         return values + 1
+    if config.model_type == "gemma2" and name.endswith("q_proj.weight"):
+        return values * np.float32(math.sqrt(_gemma_scalar(config) / config.query_pre_attn_scalar))
     if config.model_type == "gpt2" and values.ndim == 2 and ".h." in name:
         return np.ascontiguousarray(values.T)  # its layers hold weights as (in, out)
     return values

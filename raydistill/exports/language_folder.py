@@ -20,7 +20,14 @@ from raydistill.exports.folder import (
     merged,
     write_safetensors,
 )
-from raydistill.exports.gguf_file import GGUF_FILE, check_gguf, check_gguf_model, context_length, write_gguf
+from raydistill.exports.gguf_file import (
+    GGUF_FILE,
+    check_gguf,
+    check_gguf_model,
+    context_length,
+    gguf_config,
+    write_gguf,
+)
 from raydistill.exports.gguf_tokenizer import gguf_tokenizer
 from raydistill.exports.int4_file import check_int4_model
 from raydistill.exports.onnx_file import ONNX_FILE, write_onnx
@@ -59,7 +66,8 @@ def write_language_export(model: Any, tokenizer: Any, folder: Path, format_name:
         "end_ids": end if isinstance(end, list) else [end] if end is not None else [],
     }
     if format_name == "onnx" or format_name.startswith("gguf"):
-        model.config.save_pretrained(str(folder))
+        config = gguf_config(model.config) if format_name.startswith("gguf") else model.config
+        config.save_pretrained(str(folder))
         model.generation_config.save_pretrained(str(folder))
         _write_file(model, tokenizer, folder, format_name, name)
     else:
