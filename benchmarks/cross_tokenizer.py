@@ -1,9 +1,10 @@
 """Students with another tokenizer than their teacher's: python benchmarks/cross_tokenizer.py
 
 On generated stories a teacher with 384 tokens is trained and asked once; from its cache students with a tokenizer of
-1,024 tokens of their own learn spans, sorted probabilities, each at every alpha, and nothing (the control). --alignment
-measures instead how fast rows are tokenised for a student and aligned, in processor seconds, so that other work counts
-little.
+1,024 tokens of their own learn spans, sorted probabilities, each at every alpha, and nothing (the control). With --text
+the teacher is that of a finished benchmarks/language.py --out TEXT, with 4,096 tokens, and students are as there.
+--alignment measures instead how fast rows are tokenised for a student and aligned, in processor seconds, so that other
+work counts little.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import language
 import numpy as np
 
 from raydistill.config.file import validate
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--losses", default="spans,uld")
     parser.add_argument("--alphas", default="0.9,0.5,0.2")
     parser.add_argument("--documents", type=int, default=1200)
+    parser.add_argument("--text", type=Path, help="the --out of benchmarks/language.py")
     parser.add_argument("--alignment", type=int, metavar="TOKENS")
     arguments = parser.parse_args()
     if arguments.alignment:
@@ -45,21 +48,32 @@ def main() -> None:
         return
     folder, lender = arguments.folder.resolve(), None
     for loss, alpha in product(arguments.losses.split(","), map(float, arguments.alphas.split(","))):
-        found = measured(folder, loss, alpha, lender, arguments.documents)
+        base = of_text(folder, arguments.text.resolve()) if arguments.text else of_stories(folder, arguments.documents)
+        found = measured(folder, base, loss, alpha, lender)
         print(json.dumps({"loss": loss, "alpha": alpha, **found}), flush=True)
         lender = lender or folder / f"{loss}-{alpha:g}"
 
 
-def measured(folder: Path, loss: str, alpha: float, lender: Path | None, documents: int) -> dict[str, Any]:
+def of_stories(folder: Path, documents: int) -> dict[str, Any]:
+    return language_demo_config(folder, train=documents).model_dump(mode="json", exclude_unset=True)
+
+
+def of_text(folder: Path, out: Path) -> dict[str, Any]:
+    """What a finished run of benchmarks/language.py trained, with the teacher as it is."""
+    base = language.config_of("sampled-20", out, language.SIZES[False]).model_dump(mode="json", exclude_unset=True)
+    return base | {"storage": str(folder)}
+
+
+def measured(folder: Path, base: dict[str, Any], loss: str, alpha: float, lender: Path | None) -> dict[str, Any]:
     """The report of one student; what stands in the folder is kept."""
-    base = language_demo_config(folder, train=documents).model_dump(mode="json", exclude_unset=True)
     own = folder / "own-tokenizer"
     if not own.exists():
         texts = (json.loads(line)["text"] for line in Path(base["data"]["train"]).read_text().splitlines())
         new_tokenizer(texts, VOCABULARY).save_pretrained(str(own))
     base["name"] = f"{loss}-{alpha:g}"
     base["data"]["keep_text"] = True
-    base["teacher"] |= {"next_tokens": {"text_logprobs": True}} | ({"cache_from": str(lender)} if lender else {})
+    base["teacher"].setdefault("next_tokens", {})["text_logprobs"] = True
+    base["teacher"] |= {"cache_from": str(lender)} if lender else {}
     base["student"]["tokenizer"] = str(own)
     base["train"] |= {"loss": {"alpha": alpha, "cross_tokenizer": loss}, "metric": "nll"}
     base["evaluate"] |= {"latency_requests": 16, "control": lender is None}

@@ -83,7 +83,6 @@ def test_stages_have_it_all_or_none():
         ),
         ({"data__keep_text": False}, r"data.keep_text: train.loss.cross_tokenizer aligns tokens"),
         ({"teacher__next_tokens": {"text_logprobs": False}}, r"spans learns from them; set it to true"),
-        ({"data__messages": "chat"}, r"data.keep_text: a chat is written by one tokenizer's template"),
         ({"teacher__next_tokens": {"codec": "none", "text_logprobs": True}}, r"text_logprobs means nothing with codec"),
     ],
 )  # fmt: skip

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from language_runs import tokenizer, unigram_tokenizer, write_jsonl, write_model
+from language_runs import texts, tokenizer, unigram_tokenizer, write_jsonl, write_model
 from run_files import equal, facts, manifest, points, student_weights
 from small_runs import SmallRuns, results
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -167,6 +167,44 @@ def test_a_student_learns_from_sorted_probabilities(language_runs: SmallRuns, ow
     assert answer["error"] is None, answer["error"]
     assert points(folder, "train")[-1]["uld"] < points(folder, "train")[0]["uld"]
     assert "text_logprobs" not in facts(folder, "teacher/cache")
+
+
+CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+PROMPTING = CHAT + "{% if add_generation_prompt %}assistant: {% endif %}"
+
+
+def test_a_student_learns_chats_that_its_own_template_writes(
+    language_runs: SmallRuns, own: dict[str, Path], tmp_path: Path
+):
+    source, folder, mine = tmp_path / "input", language_runs.start("prepare"), tmp_path / "own"
+    shutil.copytree(language_runs.input, source)
+    shutil.copytree(own["pieces"], mine)
+    for name, seed in (("train", 6), ("test", 7)):
+        chats = [
+            {"chat": [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": text[:20]}]}
+            for text in texts(30, seed=seed)
+        ]
+        write_jsonl(source / f"{name}.jsonl", chats)
+    (source / "teacher/chat_template.jinja").write_text(PROMPTING)
+    changes = crossing(mine, more={"data.messages": "chat", "train.log_every": 1, "train.batch_size": 4})
+    stages = ("prepare", "teach", "train", "evaluate")
+    refused = language_runs.run(folder, *stages, source=str(source), changes=changes)
+    assert "student.tokenizer: " in refused["error"]
+    assert "the tokenizer has no chat template, which data.messages are written by for the student" in refused["error"]
+    template = PROMPTING.replace("{{ m['role'] }}: ", "[{{ m['role'] }}] ").replace("assistant: ", "[assistant] ")
+    (mine / "chat_template.jinja").write_text(template)
+    answer = language_runs.run(folder, *stages, source=str(source), changes=changes)
+    assert answer["error"] is None, answer["error"]
+    train = points(folder, "train")
+    assert train[-1]["spans"] < train[0]["spans"]
+    counts = facts(folder, "student_rows")["counts"]["test"]
+    assert counts["bytes"] == sum(len(text[:20].strip().encode()) for text in texts(30, seed=7))
+    # Not those that a tokenizer of pieces puts beside </s> for spaces that are none of the text's.
+    assert counts["learnt"] - 2 * counts["rows"] <= counts["in_spans"] <= counts["learnt"]
+    report = json.loads((folder / "report/report.json").read_text())
+    assert report["test_positions"] == counts["bytes"]
+    assert report["student"]["bits_per_byte"] > 0
+    assert (folder / "student/chat_template.jinja").read_text() == template
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(language_runs: SmallRuns, own: dict[str, Path], spans_run: Path):

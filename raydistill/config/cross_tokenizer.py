@@ -39,12 +39,7 @@ def set_cross_defaults(tree: dict[str, Any], losses: list[dict[str, Any]]) -> No
 
 def check_cross_tokenizer(config: Any) -> None:
     """Raises ValueError for settings that do not fit a student with, or without, a tokenizer of its own."""
-    data, student = config.data, config.student
-    if data.keep_text and data.messages is not None:
-        raise ValueError(
-            "data.keep_text: a chat is written by one tokenizer's template, and another's is not aligned with it; use"
-            " data.text, or data.prompt and data.response, for train.loss.cross_tokenizer"
-        )
+    student = config.student
     if not crosses_tokenizers(config):
         for name in ("tokenizer", "max_length"):
             if getattr(student, name) is not None:

@@ -18,10 +18,16 @@ WRITER = "assistant"  # whose messages templates put a generation prompt before
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a rendered chat, and whether it is learnt."""
+    """A part of a rendered chat, and whether it is learnt.
+
+    own: of a learnt part, the characters that are the message itself without the spaces around it; None where the
+    template writes another text. spaces: how many of the message's spaces follow it.
+    """
 
     text: str
     is_learnt: bool
+    own: tuple[int, int] | None = None
+    spaces: int = 0
 
 
 def read_messages(value: Any) -> Messages | None:
@@ -56,7 +62,7 @@ def segments(tokenizer: Any, messages: Messages, learnt_roles: Collection[str]) 
     """
     found: list[Segment] = []
     before = ""
-    for number, (role, _) in enumerate(messages, 1):
+    for number, (role, content) in enumerate(messages, 1):
         is_learnt, is_last = role in learnt_roles, number == len(messages)
         whole = _rendered(tokenizer, messages[:number])
         if whole is None and not is_learnt and not is_last:
@@ -67,9 +73,26 @@ def segments(tokenizer: Any, messages: Messages, learnt_roles: Collection[str]) 
         if start is not None and start.startswith(before) and whole.startswith(start):
             found.append(Segment(start.removeprefix(before), False))
             before = start
-        found.append(Segment(whole.removeprefix(before), is_learnt))
+        text, own, spaces = whole.removeprefix(before), None, 0
+        if is_learnt and (own := _own(tokenizer, messages[:number], whole, len(before))) is not None:
+            behind = content[len(content.rstrip()) :]
+            spaces = len(behind) if text.startswith(behind, own[1]) else 0
+        found.append(Segment(text, is_learnt, own, spaces))
         before = whole
     return found
+
+
+def _own(tokenizer: Any, messages: Messages, whole: str, begin: int) -> tuple[int, int] | None:
+    """Where in what stands from `begin` on the last message's own text is; templates may leave out spaces around it.
+
+    It comes after all that the chat has in common with one whose last message says something else.
+    """
+    *before, (role, content) = messages
+    said = content.strip()
+    other = _rendered(tokenizer, (*before, (role, "b" if said.startswith("a") else "a"))) or ""
+    common = next((place for place, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), begin)
+    place = whole.find(said, max(begin, common))
+    return None if place < 0 else (place - begin, place - begin + len(said))
 
 
 def prompt_segments(tokenizer: Any, messages: Messages, learnt_roles: Collection[str]) -> list[Segment] | None:

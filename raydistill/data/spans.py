@@ -11,6 +11,7 @@ Shapes: R rows, L tokens of all rows end to end, J spans.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +76,11 @@ class Spans:
         return {name: getattr(self, name)[cut] for name in COLUMNS}
 
 
-def aligned(teacher: Side, student: Side, sizes_R: Int64) -> Spans:
-    """The spans of the same rows, whose texts have so many bytes."""
+def aligned(teacher: Side, student: Side, sizes_R: Int64, marks: Sequence[Sequence[int]] = ()) -> Spans:
+    """The spans of the same rows, whose texts have so many bytes.
+
+    marks: of every row the places of bytes that stand for no text, rising; they do not count in a span's size.
+    """
     starts_R = np.cumsum(sizes_R + 1) - (sizes_R + 1)  # a byte between rows, so that none ends where the next begins
     sides = (teacher, student)
     places, texts = [side.ends_L + starts_R[side.rows_L] for side in sides], [_text(side) for side in sides]
@@ -93,7 +97,9 @@ def aligned(teacher: Side, student: Side, sizes_R: Int64) -> Spans:
     before_J = np.concatenate([[0], common[:-1]])
     before_J = np.where(np.diff(rows_J, prepend=-1) > 0, starts_R[rows_J], before_J)
     (t0_J, t1_J), (s0_J, s1_J) = found
-    text = np.stack([rows_J, common, t0_J, t1_J, s0_J, s1_J, common - before_J], axis=1)[whole_J]
+    none = np.array([start + place for start, row in zip(starts_R, marks, strict=False) for place in row], np.int64)
+    sizes_J = common - before_J - (np.searchsorted(none, common) - np.searchsorted(none, before_J))
+    text = np.stack([rows_J, common, t0_J, t1_J, s0_J, s1_J, sizes_J], axis=1)[whole_J]
     return _sorted(np.concatenate([text, _end_spans(teacher, student, starts_R + sizes_R)]), len(sizes_R))
 
 

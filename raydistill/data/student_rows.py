@@ -8,10 +8,12 @@ tokens, and beside them
     sizes                                                         binary, int32: the span's bytes
     teacher_learnt                                                int32: how many tokens of the row the teacher learns
     cut                                                           int32: tokens beyond the longest row
-    changed                                                       bool: the tokenizer changes the text; none is learnt
+    changed                                                       bool: the tokenizer or its template changes the text;
+                                                                  none is learnt
 
 A row holds the bytes that the teacher's has: where a long document was split for the teacher it is split for the
-student. The token that the teacher's rows share is read by the student and not learnt either.
+student. The token that the teacher's rows share is read by the student and not learnt either. A chat is written by the
+student's own template.
 
 Shapes: R rows, L tokens of all rows end to end.
 """
@@ -28,9 +30,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from raydistill.data.chat_texts import learnt_texts, mark_places
+from raydistill.data.chats import WRITER, read_messages
 from raydistill.data.spans import COLUMNS, Int64, Side, Spans, aligned
 from raydistill.data.token_bytes import TokenBytes
-from raydistill.data.token_rows import RowText
+from raydistill.data.token_rows import RowText, Rules
 from raydistill.data.token_shards import SCHEMA, TokenShard, read_row_texts, read_token_shard
 from raydistill.errors import UserError
 from raydistill.record.commit import Entry, Manifest, commit_shard, open_verified
@@ -104,14 +108,18 @@ class _Row:
     has_end: bool
     cut: int = 0
     changed: bool = False
+    learnt: npt.NDArray[np.bool_] | None = None  # of a chat
 
 
 class StudentRows:
     """Makes a student's rows of the teacher's."""
 
-    def __init__(self, tokenizer: Any, setting: str, teacher: Any, max_length: int) -> None:
+    def __init__(
+        self, tokenizer: Any, setting: str, teacher: Any, max_length: int, learnt_roles: tuple[str, ...] = (WRITER,)
+    ) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
         self._measured, self._teachers_unknown = TokenBytes(tokenizer, setting), teacher.unk_token_id
+        self._chats = Rules(tokenizer, max_length, splits=False, learnt_roles=learnt_roles, measured=self._measured)
         self._begin = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
         self._end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         self._teacher_has_begin = teacher.bos_token_id is not None
@@ -119,9 +127,12 @@ class StudentRows:
 
     def made(self, shard: TokenShard, texts: list[RowText]) -> StudentShard:
         """The rows of a data shard, whose texts are given."""
-        parts = [part for text in texts for part in _parts(text)]
-        found = iter(zip(parts, self._ids(parts), strict=True))
-        rows = [self._row(text, next(found), next(found)) for text in texts]
+        parts = [part for text in texts if text.messages is None for part in _parts(text)]
+        found = iter(zip(parts, self._ids(parts) if parts else (), strict=True))
+        rows = [
+            self._chat(text, text.messages) if text.messages is not None else self._row(text, next(found), next(found))
+            for text in texts
+        ]
         teacher = self._teachers(shard, texts)
         borders_R1 = np.cumsum([0, *(len(row.tokens) for row in rows)])
         ids = np.array([token for row in rows for token in row.tokens], np.int32)
@@ -131,7 +142,8 @@ class StudentRows:
             _is(ids, self._measured.unknown), np.array([row.begins for row in rows]),
             np.array([row.has_end for row in rows]),
         )  # fmt: skip
-        spans = aligned(teacher, side, np.array([len(text.data) for text in texts]))
+        marks = [self._marks(text) for text in texts]
+        spans = aligned(teacher, side, np.array([len(text.data) for text in texts]), marks)
         tokens = TokenShard(shard.name, shard.row_ids_R, shard.documents_R, borders_R1, ids, side.learnt_L)
         cut_R, changed_R = np.array([row.cut for row in rows]), np.array([row.changed for row in rows])
         return StudentShard(tokens, spans, shard.learnt_R, cut_R, changed_R)
@@ -159,12 +171,30 @@ class StudentRows:
         has_end = bool(end) and kept == len(tokens)
         return _Row(tokens[:kept], ends[:kept], bool(begin), has_end, cut=len(tokens) - kept)
 
+    def _chat(self, text: RowText, messages: str) -> _Row:
+        """A chat by the student's template."""
+        found = self._chats.chat(read_messages(messages) or (), has_end=text.has_end)
+        kept = min(len(found.tokens_L), self._max_length)
+        tokens = found.tokens_L[:kept].tolist()
+        if found.text is None:
+            tokens = tokens or self._begin or self._end or [0]
+            return _Row(tokens, np.zeros(len(tokens), np.int64), False, False, changed=True)
+        return _Row(
+            tokens, found.text.ends_L[:kept], False, False, cut=len(found.tokens_L) - kept, learnt=found.learnt_L[:kept]
+        )
+
+    def _marks(self, text: RowText) -> list[int]:
+        """The bytes of a row that stand for no text."""
+        if text.messages is None:
+            return []
+        return mark_places(learnt_texts(read_messages(text.messages) or (), self._chats.learnt_roles))
+
     def _teachers(self, shard: TokenShard, texts: list[RowText]) -> Side:
         begins_R = np.array([text.begins and self._teacher_has_begin for text in texts])
         ends_L = np.concatenate([text.ends_L for text in texts]).astype(np.int64)
         return Side(
             shard.borders_R1, ends_L, shard.learnt, _is(shard.tokens, self._teachers_unknown), begins_R,
-            np.array([text.has_end and self._teacher_has_end for text in texts]),
+            np.array([text.has_end and self._teacher_has_end and text.messages is None for text in texts]),
         )  # fmt: skip
 
     @staticmethod
@@ -179,6 +209,9 @@ class StudentRows:
         starts_L[borders_R1[:-1]] = 0
         learnt_L = (starts_L >= from_R[rows_L]) & ~np.array([row.changed for row in rows])[rows_L]
         learnt_L[borders_R1[:-1]] = False
+        for row, begin in zip(rows, borders_R1, strict=False):
+            if row.learnt is not None:
+                learnt_L[begin : begin + len(row.tokens)] = row.learnt
         return learnt_L
 
 

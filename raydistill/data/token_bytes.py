@@ -38,6 +38,7 @@ class TokenBytes:
         self._bytes_V = [
             to_bytes(token or "") for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         ]
+        self._added = frozenset(tokenizer.added_tokens_decoder)
         for number, added in tokenizer.added_tokens_decoder.items():
             self._bytes_V[number] = added.content.encode()
 
@@ -49,30 +50,52 @@ class TokenBytes:
         """
         if self.unknown is not None and self.unknown in ids:
             return self._with_unknown(ids, text)
-        return _ends([self._bytes_V[token] for token in ids], text)
+        return self._ends(ids, [self._bytes_V[token] for token in ids], text)
 
     def _with_unknown(self, ids: list[int], text: str) -> Ends | None:
         """Of a text with characters that the vocabulary lacks: what those are is where the tokenizer says."""
         found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         if found["input_ids"] != ids:
             return None
-        parts = zip(ids, found["offset_mapping"], strict=True)
-        return _ends(
-            [
-                text[first:end].encode() if token == self.unknown else self._bytes_V[token]
-                for token, (first, end) in parts
-            ],
-            text,
-        )
+        parts = [
+            text[first:end].encode() if token == self.unknown else self._bytes_V[token]
+            for token, (first, end) in zip(ids, found["offset_mapping"], strict=True)
+        ]
+        return self._ends(ids, parts, text)
+
+    def _ends(self, ids: list[int], parts: list[bytes], text: str) -> Ends | None:
+        """Where tokens of these bytes end in a text; None where they are not the text."""
+        whole = text.encode()
+        if b"".join(parts) == whole:
+            return np.cumsum(np.fromiter(map(len, parts), np.int32, len(parts)), dtype=np.int32)
+        return _loose_ends([(part, token in self._added) for token, part in zip(ids, parts, strict=True)], whole)
 
 
-def _ends(parts: list[bytes], text: str) -> Ends | None:
-    """Where tokens of these bytes end in a text; None where they are not the text, but for a space before it."""
-    whole, written = text.encode(), b"".join(parts)
-    ends_L = np.cumsum(np.fromiter(map(len, parts), np.int32, len(parts)), dtype=np.int32)
-    if written == whole:
-        return ends_L
-    return np.maximum(ends_L - 1, 0) if written == b" " + whole else None
+def _loose_ends(parts: list[tuple[bytes, bool]], whole: bytes) -> Ends | None:
+    """As `TokenBytes.ends`, where spaces differ beside added tokens and before a text.
+
+    A tokenizer of SentencePiece's kind puts a space there that is not the text's, and an added token may take in those
+    on its left or right.
+    """
+    ends, at, is_beside = list[int](), 0, True
+    for part, is_added in parts:
+        first = at
+        if is_added or is_beside:
+            first = next((n for n in range(at, _spaces_end(whole, at) + 1) if whole.startswith(part, n)), at)
+        if whole.startswith(part, first):
+            at = first + len(part)
+        elif is_beside and part.startswith(b" ") and whole.startswith(part[1:], first):
+            at = first + len(part) - 1
+        else:
+            return None
+        ends.append(at)
+        is_beside = is_added
+    return np.array(ends, np.int32) if at == len(whole) or (is_beside and not whole[at:].strip()) else None
+
+
+def _spaces_end(whole: bytes, at: int) -> int:
+    """Where what is no space begins."""
+    return len(whole) - len(whole[at:].lstrip())
 
 
 def _kinds(step: Any) -> set[str]:

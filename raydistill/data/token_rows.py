@@ -10,8 +10,9 @@ A text longer than a row is split into rows that share one token: the last of on
 read and not learnt, so that every token of a text but its first is predicted once. With `cut`, and for a response that
 is too long, what does not fit is left out. A document without a token to learn from makes no row.
 
-With `measured`, a row keeps its text, and where in it each token ends, for students with another tokenizer. A document
-that the tokenizer changes, to lower case for example, has no such place, and is dropped.
+With `measured`, a row keeps its text, and where in it each token ends, for students with another tokenizer; of a chat
+its messages too, and the text is of those that are learnt (`data/chat_texts.py`). A document that the tokenizer
+changes, to lower case for example, has no such place, and is dropped.
 
 A prompt that is asked is given to the teacher as its row stands up to the response. What the teacher wrote becomes rows
 as other responses do; the end of one that did not come to it is not learnt.
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from raydistill.data.chat_texts import chat_bytes, chat_ends, learnt_texts
 from raydistill.data.chats import (
     WRITER,
     Messages,
@@ -71,7 +73,8 @@ class RowText:
     """The bytes that a row's tokens stand for, which may begin or end within a character, and where each token ends.
 
     given: how many of them are a prompt, which is tokenised apart. begins and has_end: whether the row's text begins
-    its document and ends it; a token that says so stands for no byte.
+    its document and ends it; a token that says so stands for no byte. Of a chat messages are its messages as JSON, and
+    has_end says whether the last one came to its end.
     """
 
     data: bytes
@@ -79,6 +82,7 @@ class RowText:
     given: int
     begins: bool
     has_end: bool
+    messages: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,9 +188,9 @@ class Rules:
         else:
             before = read_messages(prompt.messages) or ()
             for answer in written:
-                tokens, learnt = self._of_messages((*before, (WRITER, answer.text)), has_end=answer.has_end)
-                longest = max(longest, len(tokens))
-                rows += self._cut(tokens, learnt)
+                chat = self.chat((*before, (WRITER, answer.text)), has_end=answer.has_end)
+                longest = max(longest, len(chat.tokens_L))
+                rows += self._of_chat(chat)
         key = text_key("\n".join([prompt.text, *(answer.text for answer in written)]))
         return Tokenised(file, number, key, tuple(rows), longest > self.max_length)
 
@@ -206,23 +210,43 @@ class Rules:
             asked = self._asked("".join(part.text for part in parts), given, before)
         if document.text is None:
             return self._made(document, (), 0, asked)
-        tokens, learnt = self._of_messages(document.messages)
-        return self._made(document, self._cut(tokens, learnt), len(tokens), asked)
+        chat = self.chat(document.messages)
+        found = self._made(document, self._of_chat(chat), len(chat.tokens_L), asked)
+        is_changed = self.measured is not None and len(chat.tokens_L) > 0 and chat.text is None
+        return replace(found, unusable=CHANGED) if is_changed else found
 
-    def _of_messages(
-        self, messages: Messages, *, has_end: bool = True
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
-        """The tokens of a chat, and which are learnt; none of one that the template refuses."""
+    def chat(self, messages: Messages, *, has_end: bool = True) -> TokenRow:
+        """A chat as one row, however long; without a token where the template refuses it.
+
+        With `measured`, text is None where a message's text is changed.
+        """
         parts = segments(self.tokenizer, messages, self.learnt_roles)
         if not parts:
-            return np.empty(0, np.int32), np.empty(0, bool)
+            return TokenRow(np.empty(0, np.int32), np.empty(0, bool))
         if not has_end:
-            parts[-1] = _without_end(parts[-1], messages[-1][1])
+            parts[-1] = _without_end(parts[-1])
         ids = self._ids([part.text for part in parts])
         tokens = np.array([token for part in ids for token in part], np.int32)
         learnt = np.repeat(np.array([part.is_learnt for part in parts], bool), [len(part) for part in ids])
         learnt[:1] = False
-        return tokens, learnt
+        if self.measured is None:
+            return TokenRow(tokens, learnt)
+        texts = learnt_texts(messages, self.learnt_roles)
+        ends_L = chat_ends(parts, ids, texts, self.measured)
+        if ends_L is None:
+            return TokenRow(tokens, learnt)
+        text = RowText(chat_bytes(texts), ends_L, 0, False, has_end, written_messages(messages))
+        return TokenRow(tokens, learnt, text)
+
+    def _of_chat(self, chat: TokenRow) -> tuple[TokenRow, ...]:
+        rows = self._cut(chat.tokens_L, chat.learnt_L)
+        if self.measured is None:
+            return rows
+        if chat.text is None:
+            return ()
+        return tuple(
+            replace(row, text=replace(chat.text, ends_L=chat.text.ends_L[: len(row.tokens_L)])) for row in rows
+        )
 
     def _of_prompt(self, tokens: npt.NDArray[np.int32], given: int) -> tuple[TokenRow, ...]:
         return self._cut(tokens, np.arange(len(tokens)) >= max(1, given))
@@ -269,10 +293,9 @@ def _with_texts(rows: Iterable[TokenRow], whole: RowText) -> tuple[TokenRow, ...
     return tuple(found)
 
 
-def _without_end(part: Segment, content: str) -> Segment:
+def _without_end(part: Segment) -> Segment:
     """The last part of a chat up to its message's own end."""
-    own = content.strip()
-    return Segment(part.text[: part.text.rindex(own) + len(own)], part.is_learnt) if own in part.text else part
+    return part if part.own is None else replace(part, text=part.text[: part.own[1]])
 
 
 def tokenise_documents(found: Iterable[Document | Dropped], rules: Rules) -> Iterator[Tokenised | Dropped]:

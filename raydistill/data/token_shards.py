@@ -7,7 +7,9 @@ positions to learn from as learnt tokens; the first token is never one.
 
 With data.keep_text there are also text (the bytes that the row's tokens stand for; the first and the last character of
 a row may be cut), ends (binary, int32: the byte before which each token ends), given (how many of the bytes are a
-prompt), begins and has_end (whether the row's text begins its document, and ends it).
+prompt), begins and has_end (whether the row's text begins its document, and ends it). Of chats the text is that of the
+messages that are learnt (data/chat_texts.py), has_end says whether the last one came to its end, and messages (JSON)
+are all of them.
 
 Shapes: R rows, L tokens of a row, N positions that are learnt from.
 """
@@ -42,6 +44,7 @@ TEXT_FIELDS = [
     pa.field("given", pa.int32(), nullable=False),
     pa.field("begins", pa.bool_(), nullable=False),
     pa.field("has_end", pa.bool_(), nullable=False),
+    pa.field("messages", pa.large_string()),
 ]
 Int64 = npt.NDArray[np.int64]
 
@@ -65,7 +68,7 @@ class TokenShardWriter(RowWriter):
             if self._keeps_text:
                 text = row.text
                 assert text is not None, "rows were tokenised without their texts"
-                values += (text.data, text.ends_L.tobytes(), text.given, text.begins, text.has_end)
+                values += (text.data, text.ends_L.tobytes(), text.given, text.begins, text.has_end, text.messages)
             self.add_values(values)
         self._documents += 1
 
@@ -109,13 +112,17 @@ class TokenShard:
 
 def read_row_texts(store: Store, entry: Entry) -> list[tuple[RowText, int, int]]:
     """The text of every row, and where the row came from (file, row). Raises UserError as `read_token_shard`."""
-    names = [*(field.name for field in TEXT_FIELDS), "source_file", "source_row"]
     with open_verified(store, "data", entry) as source:
-        rows = pq.ParquetFile(source).read(columns=names, use_threads=False).to_pylist()
+        file = pq.ParquetFile(source)
+        names = [*(field.name for field in TEXT_FIELDS), "source_file", "source_row"]
+        rows = file.read(columns=[n for n in names if n in file.schema_arrow.names], use_threads=False).to_pylist()
     texts = [
-        RowText(one["text"], np.frombuffer(one["ends"], np.int32), one["given"], one["begins"], one["has_end"])
+        RowText(
+            one["text"], np.frombuffer(one["ends"], np.int32), one["given"], one["begins"], one["has_end"],
+            one.get("messages"),
+        )
         for one in rows
-    ]
+    ]  # fmt: skip
     return [(text, one["source_file"], one["source_row"]) for text, one in zip(texts, rows, strict=True)]
 
 

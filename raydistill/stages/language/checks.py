@@ -117,7 +117,13 @@ def _check_pretrained(config: Config, teacher: Path) -> None:
 def _check_own_tokenizer(config: Config, run: Run) -> None:
     """A student's tokenizer whose tokens can be measured in bytes, and a cache that holds what its loss needs."""
     setting, folder = own_tokenizer(config.student)
-    TokenBytes(load_tokenizer(folder, setting, pads=False), setting)
+    ours = load_tokenizer(folder, setting, pads=False)
+    TokenBytes(ours, setting)
+    if config.data.messages is not None and ours.chat_template is None:
+        raise UserError(
+            f"{setting}: {folder}: the tokenizer has no chat template, which data.messages are written by for the"
+            " student. Save one beside it (chat_template.jinja)"
+        )
     if config.teacher.next_tokens is not None and config.teacher.next_tokens.text_logprobs and run.lender:
         check_text_logprobs(run.require("cache"), run.lender.where("teacher/cache"))
 

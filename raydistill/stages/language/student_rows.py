@@ -40,6 +40,7 @@ def student_rows_plan(config: Config, run: Run) -> Plan:
         "data": run.require("data").fingerprint,
         "tokenizer_sha256": tokenizer_identity(own_tokenizer(config.student)[1]),
         "max_length": student_length(config),
+        **({"data.learnt_roles": list(config.data.learnt_roles)} if config.data.messages is not None else {}),
     }
     return Plan(PART, inputs)
 
@@ -58,7 +59,8 @@ def make_student_rows(config: Config, run: Run, progress: Progress) -> Manifest 
     setting, folder = own_tokenizer(config.student)
     teacher = find_model("teacher.model", config.teacher.model, config.teacher.revision)
     ours = load_tokenizer(folder, setting, pads=False)
-    rows = StudentRows(ours, setting, load_tokenizer(teacher, "teacher.model", pads=False), student_length(config))
+    theirs = load_tokenizer(teacher, "teacher.model", pads=False)
+    rows = StudentRows(ours, setting, theirs, student_length(config), config.data.learnt_roles)
     entries, counts = _write(config, run, data, rows, plan.fingerprint, progress)
     facts = {"vocabulary": len(ours), "counts": counts, "max_length": student_length(config)}
     _check_counts(config, facts, setting, folder)
@@ -94,8 +96,9 @@ def _check_counts(config: Config, facts: dict[str, Any], setting: str, folder: P
     if total["changed"] and total["changed"] > config.data.max_dropped * total["rows"]:
         raise UserError(
             f"{setting}: {folder}: its tokenizer changes {total['changed']:,} of {total['rows']:,} rows, by lower case"
-            " or another form of characters, so that its tokens are not those of the text. Choose one that keeps texts"
-            " as they are, or raise data.max_dropped"
+            " or another form of characters, so that its tokens are not those of the text"
+            + (", or its chat template refuses or changes them" if config.data.messages is not None else "")
+            + ". Choose one that keeps texts as they are, or raise data.max_dropped"
         )
     for split, found in rows.items():
         if not found["spans"]:
