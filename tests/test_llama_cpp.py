@@ -61,7 +61,7 @@ CHANGED = {
 }
 
 
-@pytest.mark.parametrize(("format_name", "most"), [("gguf", 0.01), ("gguf-q8", 0.15)])
+@pytest.mark.parametrize(("format_name", "most"), [("gguf", 0.005), ("gguf-q8", 0.15)])
 def test_llama_cpp_answers_as_the_student_does(llama_cpp: Any, tmp_path: Path, format_name: str, most: float):
     own, asked, expected = tokenizer(), [], []
     for name, changes in CHANGED.items():
@@ -81,7 +81,8 @@ def test_llama_cpp_answers_as_the_student_does(llama_cpp: Any, tmp_path: Path, f
             theirs_V = torch.zeros_like(probs_V)
             for token, probability in answer["probabilities"]:
                 theirs_V[token] = probability
-            assert (theirs_V - probs_V).abs().max() < most, name
+            depth = 2 if "27B" in name else 1  # 46 layers of random weights add up more rounding
+            assert (theirs_V - probs_V).abs().max() < depth * most, name
             if format_name == "gguf":
                 written = model.generate(torch.tensor([row]), max_new_tokens=6, do_sample=False, pad_token_id=0)
                 assert answer["written"][: written.shape[1] - len(row)] == written[0, len(row) :].tolist(), name
