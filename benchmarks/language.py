@@ -34,10 +34,10 @@ from raydistill.stages.progress import Progress
 # The first one's run trains the teacher; the control stands beside its student, of the same seed and steps as any.
 CODECS: dict[str, dict[str, Any]] = {
     "hidden": {"codec": "hidden"},
-    "sampled-12": {"codec": "sampled", "kept": 12},
+    "sampled-20": {"codec": "sampled", "kept": 20},
     "topk-3": {"codec": "topk", "kept": 3},  # of about as many bytes
     "random-50": {"codec": "random", "kept": 50},  # RS-KD
-    "sampled-20": {"codec": "sampled", "kept": 20},
+    "sampled-32": {"codec": "sampled", "kept": 32},
     "dense": {"codec": "dense"},
     "topk-12": {"codec": "topk", "kept": 12},  # of as many tokens
 }

@@ -29,9 +29,8 @@ from raydistill.targets import SparseTargets
 
 ORDERS = ("frequency", "ids as numbered")
 FORMATS = {
-    "sampled, 12, 8 bits": SparseFormat("sampled", 12),
-    "sampled, 12, 12 bits": SparseFormat("sampled", 12, units=4096),
-    "sampled, 16, 8 bits": SparseFormat("sampled", 16),
+    **{f"sampled, {kept}": SparseFormat("sampled", kept) for kept in (12, 16, 18, 19, 20, 24)},
+    "sampled, 18, 12 bits": SparseFormat("sampled", 18, units=4096),
     "random, 50": SparseFormat("random", 50, 50),
     "topk, 12": SparseFormat("topk", 12),
 }

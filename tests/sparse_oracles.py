@@ -33,6 +33,18 @@ def inclusion(probs: list[float], width: int) -> list[float]:
     return [min(1.0, high * p) for p in probs]
 
 
+def needed(probs: list[float], width: int) -> int:
+    """How many tokens: the number of least cost where a token costs 1 / width^2 and the summed variance its value."""
+    if width >= len(probs):
+        return len(probs)
+
+    def cost(kept: int) -> float:
+        pairs = zip(probs, inclusion(probs, kept), strict=True)
+        return sum(p * p * (1 / pi - 1) for p, pi in pairs if p > 0) + kept / width**2
+
+    return min(range(1, width + 2), key=cost)
+
+
 def softmax(row: np.ndarray) -> np.ndarray:
     shifted = np.exp(row - row.max())
     return shifted / shifted.sum()

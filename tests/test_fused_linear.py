@@ -73,11 +73,11 @@ def expected_response(kind: str, value: float, teacher: Tensor | SparseTargets, 
         assert teacher.entropy_N is not None
         return -(weights * q.gather(1, teacher.ids_NK).log()).sum() - teacher.entropy_N.double().sum()
     if teacher.log_tail_N is None:
-        kept = q.gather(1, teacher.ids_NK)
         assert teacher.probs_NK is not None
-        p = teacher.probs_NK.double()
+        used = weights > 0
+        kept, p = q.gather(1, teacher.ids_NK)[used], teacher.probs_NK.double()[used]
         change = formula(p, kept, value) - nothing(value) * kept
-        return nothing(value) * len(q) + (weights / p * change)[weights > 0].sum()
+        return nothing(value) * len(q) + (weights[used] / p * change).sum()
     total = torch.zeros((), dtype=torch.float64)
     for n in range(len(q)):
         used = weights[n] > 0

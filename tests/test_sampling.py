@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sparse_oracles import inclusion, softmax, systematic, uniform
+from sparse_oracles import inclusion, needed, softmax, systematic, uniform
 
 from raydistill.cache import sampling
 from raydistill.cache.counter_random import DRAWS_STREAM, TAIL_STREAM, uniforms
@@ -54,11 +54,13 @@ def test_a_sample_is_the_one_that_the_definition_gives(width: int):
     for n, row in enumerate(logits.double().numpy()):
         probs = softmax(row).tolist()
         offset = uniform(11, int(row_ids[n]), int(positions[n]), TAIL_STREAM)
-        expected = systematic(probs, inclusion(probs, width), offset)
-        kept = dict(zip(found.ids_NK[n].tolist(), found.weights_NK[n].tolist(), strict=True))
+        expected = systematic(probs, inclusion(probs, needed(probs, width)), offset)
+        used = found.weights_NK[n] > 0
+        assert int(used.sum()) == len(expected) == int(used.int().argmin() if not used.all() else width)
+        kept = dict(zip(found.ids_NK[n, used].tolist(), found.weights_NK[n, used].tolist(), strict=True))
         assert kept.keys() == expected.keys()
         assert all(math.isclose(kept[token], expected[token], rel_tol=2e-5) for token in kept)
-        for place, token in enumerate(found.ids_NK[n].tolist()):
+        for place, token in enumerate(found.ids_NK[n, used].tolist()):
             assert found.probs_NK is not None
             assert math.isclose(found.probs_NK[n, place], probs[token], rel_tol=2e-5)
             assert bool(found.exact_NK[n, place]) == math.isclose(expected[token], probs[token], rel_tol=1e-9)
@@ -71,12 +73,28 @@ def test_weights_sum_to_one_and_the_head_is_exact():
     probs = logits.double().softmax(dim=1).gather(1, found.ids_NK)
     assert (found.weights_NK / probs)[found.exact_NK].sub(1).abs().max() < 1e-5
     assert found.exact_NK.any(dim=1).float().mean() > 0.5
+    used = found.weights_NK > 0
+    assert not found.exact_NK[~used].any()
     tail = found.weights_NK.masked_fill(found.exact_NK, math.nan)
     least = found.weights_NK.masked_fill(~found.exact_NK, math.inf).amin(dim=1)
     assert (least >= tail.nan_to_num(0).amax(dim=1) * (1 - 1e-6)).all(), "the threshold parts head and tail"
     entropy = torch.distributions.Categorical(logits=logits.double()).entropy()
     assert found.entropy_N is not None
     assert (found.entropy_N - entropy).abs().max() < 1e-5
+
+
+def test_a_position_keeps_what_it_needs():
+    """The surer the teacher the fewer, never more than there are slots, and two where nearly all is in one token."""
+    sure = torch.zeros(4, V)
+    sure[torch.arange(4), torch.arange(4)] = torch.tensor([20.0, 9.0, 5.0, 0.0])
+    found = sampled_targets(sure, *keys(4), width=12, seed=0)
+    assert (found.weights_NK > 0).sum(dim=1).tolist() == [2, 2, 11, 12]
+    many = sampled_targets(made_logits(300), *keys(300), width=12, seed=0)
+    kept = (many.weights_NK > 0).sum(dim=1)
+    assert kept.max() <= 12
+    assert kept.min() >= 2
+    drawn = many.weights_NK[(many.weights_NK > 0) & ~many.exact_NK]
+    assert 0.05 < drawn.median() < 0.12, "about a twelfth each"
 
 
 @pytest.mark.parametrize("codec", ["sampled", "random"])
@@ -91,7 +109,8 @@ def test_the_mean_over_seeds_is_the_distribution(codec: str):
         rows, zeros = logits[n].expand(draws, 60), torch.zeros(draws, dtype=torch.int64)
         if codec == "sampled":
             found = sampled_targets(rows, torch.arange(draws), zeros, width=6, seed=1)
-            pi = torch.tensor(inclusion(probs[n].tolist(), 6), dtype=torch.float64)
+            of_row = probs[n].tolist()
+            pi = torch.tensor(inclusion(of_row, needed(of_row, 6)), dtype=torch.float64)
             variance = probs[n] ** 2 * (1 / pi - 1)
         else:
             found = drawn_targets(rows, torch.arange(draws), zeros, draws=6, seed=1)

@@ -1,19 +1,26 @@
 """From a chunk of next-token logits to what a sparse cache keeps of them, on the device where the logits are.
 
-`sampled_targets` keeps a head of likely tokens exactly and draws some of the others without replacement,
-`drawn_targets` draws with replacement (RS-KD), `top_targets` cuts. All are at temperature 1.
+`sampled_targets` keeps a head of likely tokens exactly and draws some of the others without replacement, as many as the
+position needs, `drawn_targets` draws with replacement (RS-KD), `top_targets` cuts. All are at temperature 1.
 
 The first in full. An estimate of a distribution p from K kept tokens is w_i = p_i / pi_i for kept tokens and 0 for the
 others, where pi_i > 0 is the probability that token i is kept. Its mean is p whatever the pi are (Horvitz and Thompson
 1952), and with it that of every function that is linear in p: the cross-entropy -sum_i w_i log q_i with the student q,
 and the gradient of KL(p || q) with respect to the student's logits, q - w.
 
-Which pi? The summed variance is sum_i p_i^2 (1 / pi_i - 1), to be made least under sum_i pi_i = K and pi_i <= 1. With a
-multiplier for the sum, p_i^2 / pi_i^2 is the same for every token that is not at the bound: pi_i = min(1, c p_i). The
-level c is found as water finds its own: with h tokens at the bound, all from the top, the K - h other draws share the
-remaining mass R_h, so c_h = (K - h) / R_h; h grows while the next token has c_h p >= 1. If token h stays below, so does
-the next: c_h p_h < 1 gives p_h (K - h - 1) < R_h - p_h = R_{h+1}, and the next is not likelier. So every token above
-the threshold 1 / c is kept exactly, and each token of the tail that is drawn counts R / (K - h), all of them the same.
+Which pi? The summed variance of a position is sum_i p_i^2 (1 / pi_i - 1), to be made least under sum_i pi_i = K and
+pi_i <= 1. With a multiplier for the sum, p_i^2 / pi_i^2 is the same for every token that is not at the bound:
+pi_i = min(1, c p_i). The level c is found as water finds its own: with h tokens at the bound, all from the top, the
+K - h other draws share the remaining mass R_h, so c_h = (K - h) / R_h; h grows while the next token has c_h p >= 1. If
+token h stays below, so does the next: c_h p_h < 1 gives p_h (K - h - 1) < R_h - p_h = R_{h+1}, and the next is not
+likelier. So every token above the threshold 1 / c is kept exactly, and each token of the tail that is drawn counts
+R / (K - h), all of them the same.
+
+Which K? Positions differ: where the teacher is sure two tokens say all. A batch's gradient sums over positions, and
+with the multiplier of the sum of all their K the level c is the same for all of them (the allocation of Neyman 1934).
+So c is given: K_max. Tokens of at least 1 / K_max are the head, h of them, and the tail of mass R is drawn n times, n
+the first number whose next draw would save less variance than a draw is worth, R^2 / n - R^2 / (n + 1) <= 1 / K_max^2:
+about R K_max to the nearest number, and 1 at least. No position has more than K_max, since h / K_max + R <= 1.
 
 How to draw exactly n = K - h tokens with probabilities n p_i / R < 1? Systematically (Madow 1949, "On the theory of
 systematic sampling, II"): lay the tail's probabilities end to end on [0, R) and take the tokens that lie under the n
@@ -53,42 +60,57 @@ class Head(Protocol):
 def sampled_targets(
     logits_NV: torch.Tensor, row_ids_N: torch.Tensor, positions_N: torch.Tensor, *, width: int, seed: int
 ) -> SparseTargets:
-    """Head exact, tail by a systematic sample: K = min(width, V) tokens of each position; unbiased, weights sum to 1.
+    """Head exact, tail by a systematic sample; K = min(width, V) slots, of which a position uses what it needs.
 
-    Logits are of any floating type; the distribution is computed in float32 and sums over it in float64. Raises
-    ValueError for a width below 2 or a logit that is not finite.
+    Unbiased, and the weights of a position sum to 1. Tokens of at least 1 / width are exact, each drawn one counts
+    about so much. Slots that are not used are the last ones. Logits are of any floating type; the distribution is
+    computed in float32 and sums over it in float64. Raises ValueError for a width below 2 or a logit that is not
+    finite.
     """
     _check(width, least=2)
-    kept = min(width, logits_NV.shape[1])
-    spread = _Spread(logits_NV, kept)
+    slots = min(width, logits_NV.shape[1])
+    slots_K = torch.arange(slots, device=logits_NV.device)
+    spread = _Spread(logits_NV, slots)
     top_NK, ids_NK = spread.top_NK, spread.top_ids_NK
     spread.put(ids_NK, torch.zeros_like(top_NK))
-    head_NK = _head(top_NK.double(), spread.total_N, whole=kept == logits_NV.shape[1])
+    kept_N1 = _needed(top_NK.double(), spread.total_N, width) if slots < logits_NV.shape[1] else None
+    head_NK = _head(top_NK.double(), spread.total_N, kept_N1)
     spread.put(ids_NK, top_NK.masked_fill(head_NK, 0.0))
     heads_N1 = head_NK.sum(dim=-1, keepdim=True)
+    draws_N1 = heads_N1.new_zeros(()) if kept_N1 is None else kept_N1 - heads_N1
+    drawn_NK = ~head_NK & (slots_K < heads_N1 + draws_N1)
     offsets_N1 = uniforms(seed, row_ids_N, positions_N, stream=TAIL_STREAM)
-    teeth_NK = offsets_N1 + torch.arange(kept, device=heads_N1.device) - heads_N1
-    draws_N1 = (kept - heads_N1).clamp_min(1)
-    found_NK = spread.under(teeth_NK.clamp_min_(0) / draws_N1)
-    weights_NK = torch.where(head_NK, top_NK.double(), spread.total_N[:, None] / draws_N1)
+    teeth_NK = (offsets_N1 + slots_K - heads_N1).clamp_min_(0) / draws_N1.clamp_min(1)
+    ids_NK = ids_NK.masked_scatter(drawn_NK, spread.under(teeth_NK, drawn_NK))
+    weights_NK = torch.where(drawn_NK, spread.total_N[:, None] / draws_N1.clamp_min(1), top_NK * head_NK)
     total_N1 = weights_NK.sum(dim=-1, keepdim=True)
     weights_NK = (weights_NK / total_N1).float()
-    probs_NK = torch.where(head_NK, weights_NK, (spread.at(found_NK) / total_N1).float())
-    ids_NK = torch.where(head_NK, ids_NK, found_NK)
+    probs_NK = torch.where(drawn_NK, (spread.at(ids_NK) / total_N1).float(), weights_NK)
     return SparseTargets(ids_NK, weights_NK, head_NK, probs_NK=probs_NK, entropy_N=spread.entropy_N)
 
 
-def _head(top_NK: torch.Tensor, rest_N: torch.Tensor, *, whole: bool) -> torch.Tensor:
+def _needed(top_NK: torch.Tensor, rest_N: torch.Tensor, width: int) -> torch.Tensor:
+    """(N, 1): how many tokens a position keeps. rest_N is the mass of all tokens but the likeliest ones, top_NK.
+
+    The least n with n (n + 1) >= (width R)^2 is the last whose draw saves more variance than it is worth.
+    """
+    head_NK = top_NK * width >= 1
+    rest_N1 = rest_N[:, None] + (top_NK * ~head_NK).sum(dim=-1, keepdim=True)
+    draws_N1 = ((0.25 + (width * rest_N1).square()).sqrt() - 0.5).ceil().clamp_min_(1)
+    return (head_NK.sum(dim=-1, keepdim=True) + draws_N1.long()).clamp_max_(top_NK.shape[1])
+
+
+def _head(top_NK: torch.Tensor, rest_N: torch.Tensor, kept_N1: torch.Tensor | None) -> torch.Tensor:
     """Which of the likeliest tokens are at or above the threshold; all of them where they are the whole vocabulary.
 
     Token i, from 0, is when p_i (K - i) >= R_i, the mass from it on. R_i is summed from its end: 1 less the head's mass
     would be rounding where the tail is thin.
     """
-    if whole:
+    if kept_N1 is None:
         return torch.ones_like(top_NK, dtype=torch.bool)
-    kept = top_NK.shape[1]
     from_here_NK = top_NK.flip(1).cumsum(dim=-1).flip(1) + rest_N[:, None]
-    return top_NK * (kept - torch.arange(kept, device=top_NK.device)) >= from_here_NK
+    left_NK = kept_N1 - torch.arange(top_NK.shape[1], device=top_NK.device)
+    return (top_NK * left_NK >= from_here_NK) & (left_NK > 0)
 
 
 class _Spread:
@@ -142,8 +164,8 @@ class _Spread:
         """What these tokens have, float64."""
         return self._probs_NBS.flatten(1).gather(1, ids_NK).double()
 
-    def under(self, shares_NK: torch.Tensor) -> torch.Tensor:
-        """The tokens under points of all that there is laid end to end, the points given as shares of its sum.
+    def under(self, shares_NK: torch.Tensor, wanted_NK: torch.Tensor) -> torch.Tensor:
+        """(M,): the tokens under the wanted points of all that there is laid end to end, given as shares of its sum.
 
         In two steps, blocks of tokens and tokens of a block, so that no running sum over the vocabulary is made. A
         token that has nothing is never under a point, unless none of its position has anything.
@@ -151,12 +173,13 @@ class _Spread:
         ends_NB = self.sums_NB.cumsum(dim=-1)
         points_NK = shares_NK * ends_NB[:, -1:]
         blocks_NK = _first_above(ends_NB, points_NK)
-        begins_NB = F.pad(ends_NB, (1, 0))
-        within_NKS = self._blocks(blocks_NK).double().cumsum(dim=-1)
-        inside_NK = points_NK - begins_NB.gather(1, blocks_NK)
-        tokens_NK = _first_above(within_NKS.flatten(0, 1), inside_NK.reshape(-1, 1)).view_as(blocks_NK)
+        inside_NK = points_NK - F.pad(ends_NB, (1, 0)).gather(1, blocks_NK)
+        blocks_M = blocks_NK[wanted_NK]
+        positions_M = wanted_NK.nonzero()[:, 0]
+        ends_MS = self._probs_NBS[positions_M, blocks_M].double().cumsum(dim=-1)
+        tokens_M1 = _first_above(ends_MS, inside_NK[wanted_NK][:, None])
         # Where nothing is the point is in the padding.
-        return (blocks_NK * BLOCK + tokens_NK).clamp_max_(self._vocabulary - 1)
+        return (blocks_M * BLOCK + tokens_M1[:, 0]).clamp_max_(self._vocabulary - 1)
 
     def _blocks(self, blocks_NK: torch.Tensor) -> torch.Tensor:
         """(N, K, S), as whole rows of memory: gather would take them number by number."""
@@ -182,7 +205,8 @@ def drawn_targets(
     _check(draws, least=1)
     spread = _Spread(logits_NV, 1)
     shares_NK = uniforms(seed, row_ids_N, positions_N, stream=DRAWS_STREAM, draws=draws).sort(dim=-1).values
-    ids_NK = spread.under(shares_NK)  # ascending, like the shares
+    every_NK = torch.ones_like(shares_NK, dtype=torch.bool)
+    ids_NK = spread.under(shares_NK, every_NK).view_as(shares_NK)  # ascending, like the shares
     same_NKK = ids_NK[:, :, None] == ids_NK[:, None, :]
     first_NK = ~same_NKK.tril(-1).any(dim=-1)
     weights_NK = same_NKK.sum(dim=-1).float() / draws * first_NK

@@ -19,6 +19,7 @@ from raydistill.cache.counter_random import ENTROPY_STREAM, WEIGHTS_STREAM, unif
 from raydistill.cache.gap_coding import Int64, UInt8
 from raydistill.targets import SparseTargets
 
+COUNTED = 128  # beside the class of a gap: the token has a count of its own
 ENTROPY_UNITS = 16  # of a nat; 255 of them are above the logarithm of any vocabulary
 MOST_KEPT = 255
 MOST_UNITS = 1 << 16
@@ -38,7 +39,7 @@ class SparseFormat:
 
     codec: Literal["sampled", "random", "topk"]
     kept: int
-    units: int = 256
+    units: int = 64
     probabilities: bool = False
     seed: int = 0
 
@@ -72,14 +73,16 @@ def encode(
     rank_NK, count_NK, half_NK, kept_N = _sorted(targets, row_ids_N, positions_N, form, alphabet)
     present_NK = np.arange(rank_NK.shape[1]) < kept_N[:, None]
     gap_class_M, gap_extra_M = gap_coding.split(np.diff(rank_NK, axis=1, prepend=0)[present_NK])
+    counted_M = count_NK[present_NK] > 0
     count_class_M, count_extra_M = gap_coding.split(count_NK[present_NK])
     widths_2M = np.stack([gap_coding.widths(gap_class_M), gap_coding.widths(count_class_M)], axis=1).ravel()
     kept_R = np.bincount(rows_N, kept_N, len(tokens_R)).astype(np.int64)
+    counted_R = np.bincount(rows_N, (count_NK > 0).sum(axis=1), len(tokens_R)).astype(np.int64)
     starts_2M, words_R1 = gap_coding.places(widths_2M, 2 * kept_R)
     extras_2M = np.stack([gap_extra_M, count_extra_M], axis=1).ravel()
     columns: dict[str, tuple[npt.NDArray[Any], Int64]] = {
         "kept": (kept_N.astype(np.uint8), tokens_R),
-        "weights": (count_class_M, kept_R),
+        "weights": (count_class_M[counted_M], counted_R),
         "bits": (gap_coding.pack(extras_2M, widths_2M, starts_2M, int(words_R1[-1])), np.diff(words_R1)),
         "logprobs": (half_NK[present_NK].astype("<u2"), kept_R),
         "entropy": (_entropy_units(targets, row_ids_N, positions_N, form), tokens_R),
@@ -87,11 +90,11 @@ def encode(
     if targets.log_tail_N is not None:
         columns["log_tail"] = (targets.log_tail_N.cpu().numpy().astype("<f4"), tokens_R)
     gap_class_NK = np.zeros(rank_NK.shape, np.uint8)
-    gap_class_NK[present_NK] = gap_class_M
-    for place in range(form.kept):
-        has_N = kept_N > place
-        column_M = gap_class_NK[has_N, place] if place < rank_NK.shape[1] else np.zeros(0, np.uint8)
-        columns[f"gap_{place:02d}"] = (column_M, np.bincount(rows_N, has_N, len(tokens_R)).astype(np.int64))
+    gap_class_NK[present_NK] = gap_class_M + COUNTED * counted_M.astype(np.uint8)
+    for after in range(form.kept):
+        has_N = kept_N > after
+        column_M = gap_class_NK[has_N, kept_N[has_N] - 1 - after]
+        columns[f"gap_{after:02d}"] = (column_M, np.bincount(rows_N, has_N, len(tokens_R)).astype(np.int64))
     return columns
 
 
@@ -181,11 +184,15 @@ def _ranks_and_counts(
     values: Mapping[str, npt.NDArray[Any]], present_NK: npt.NDArray[np.bool_], tokens_R: Int64
 ) -> tuple[Int64, Int64]:
     """Of every kept token; in unused slots the count is 0 and the rank any."""
-    gap_class_NK = np.zeros(present_NK.shape, np.uint8)
-    for place in range(present_NK.shape[1]):
-        gap_class_NK[present_NK[:, place], place] = values[f"gap_{place:02d}"]
-    count_class_M = values["weights"] if "weights" in values else np.zeros(present_NK.sum(), np.uint8)
-    classes_2M = np.stack([gap_class_NK[present_NK], count_class_M], axis=1).ravel()
+    gap_class_NK, kept_N = np.zeros(present_NK.shape, np.uint8), present_NK.sum(axis=1)
+    for after in range(present_NK.shape[1]):
+        has_N = kept_N > after
+        gap_class_NK[has_N, kept_N[has_N] - 1 - after] = values[f"gap_{after:02d}"]
+    gap_class_M = gap_class_NK[present_NK]
+    count_class_M = np.zeros(len(gap_class_M), np.uint8)
+    if "weights" in values:
+        count_class_M[gap_class_M >= COUNTED] = values["weights"]
+    classes_2M = np.stack([gap_class_M % COUNTED, count_class_M], axis=1).ravel()
     rows_N = np.repeat(np.arange(len(tokens_R)), tokens_R)
     kept_R = np.bincount(rows_N, present_NK.sum(axis=1), len(tokens_R)).astype(np.int64)
     widths_2M = gap_coding.widths(classes_2M)

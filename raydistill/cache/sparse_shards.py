@@ -5,16 +5,19 @@ Columns, readable with any Parquet reader; a binary value holds numbers of its r
     row_id      int64
     tokens      int32   positions of the row
     kept        binary  of each position one byte: how many tokens are kept there
-    gap_00 …    binary  of each position that keeps more than so many tokens one byte: the class of a gap. A position's
-                        kept tokens stand by rising rank in the cache's alphabet; a gap is the rank less the one before
-    weights     binary  of each kept token one byte: the class of its count. 0: drawn from the tail
+    gap_00 …    binary  of each position with a kept token that so many others follow, one byte: the class of its gap,
+                        and 128 more where it has a count. A position's kept tokens stand by rising rank in the cache's
+                        alphabet; a gap is the rank less the one before. gap_00 has the last token of every position
+    weights     binary  of each kept token with a count one byte: the count's class. Others are drawn from the tail
     bits        binary  of each kept token what the classes of its gap and its count leave, packed (gap_coding)
     logprobs    binary  of each kept token its log-probability, float16 (topk, and sampled with probabilities)
     log_tail    binary  of each position the logarithm of the mass that is not kept, float32 (topk)
     entropy     binary  of each position one byte, in sixteenths of a nat
 
 A gap of each place has a column of its own because each has its own distribution: zstd then codes the classes of a
-page with one table. Nothing of a gap is lost. What rounding does to the rest:
+page with one table. Counted from the end they are more alike than from the front, since positions differ in how many
+they keep; and a code of whole bits has no short word for "no count", which therefore goes with the class. Nothing of
+a gap is lost. What rounding does to the rest:
 
 - A count is a whole number of 1/units. Head tokens have their own, the tail has one for all, which its drawn tokens
   share. Counts are rounded together by a systematic sample of the units (Madow 1949): laid end to end, each stretch

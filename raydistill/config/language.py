@@ -24,9 +24,19 @@ class NextTokens(Section):
         " tokens alone; hidden: the last hidden state; dense: every logit; none: nothing, the student learns from what"
         " the teacher wrote alone",
     )
-    kept: int = Field(default=12, ge=1, le=255, description="sampled, random, topk: tokens of a position")
-    units: int = Field(
-        default=256, ge=1, le=1 << 16, description="sampled: in how many parts a position's weights are counted"
+    kept: int = Field(
+        default=20,
+        ge=1,
+        le=255,
+        description="random, topk: tokens of a position. sampled: the most of them; tokens of at least 1 / kept are"
+        " exact, each drawn one counts about so much",
+    )
+    units: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 16,
+        description="sampled: in how many parts a position's weights are counted; absent: 64, or the power of two from"
+        " 3 x kept on",
     )
     probabilities: bool = Field(
         default=False,

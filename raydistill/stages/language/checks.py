@@ -40,7 +40,7 @@ from raydistill.stages.unfreezing import check_unfreezing
 from raydistill.students.language import language_skeleton, own_tokenizer
 
 # For each of the `kept` tokens at a vocabulary of 128k (docs/log.md); a smaller one takes less.
-NEXT_TOKEN_BYTES = {"sampled": 2.3, "random": 0.9, "topk": 4.2}
+NEXT_TOKEN_BYTES = {"sampled": 1.2, "random": 0.9, "topk": 4.2}
 
 
 def check_language_models(config: Config, run: Run, labels: list[str]) -> None:

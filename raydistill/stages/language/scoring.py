@@ -208,5 +208,6 @@ def sparse_format(settings: Any) -> SparseFormat | None:
     """The format that `teacher.next_tokens` asks for; None of a codec that keeps every token."""
     if settings.codec not in SPARSE:
         return None
-    units = {"sampled": settings.units, "random": settings.kept, "topk": 1}[settings.codec]
+    fine = settings.units or max(64, 1 << (3 * settings.kept - 1).bit_length())
+    units = {"sampled": fine, "random": settings.kept, "topk": 1}[settings.codec]
     return SparseFormat(settings.codec, settings.kept, units, settings.probabilities, settings.seed)
