@@ -4,7 +4,14 @@ import pytest
 
 from raydistill.config.training import Training
 from raydistill.errors import UserError
-from raydistill.stages.cluster import Resources, Share, check_precision, share_for_actors, share_for_training
+from raydistill.stages.cluster import (
+    Resources,
+    Share,
+    check_precision,
+    share_for_actors,
+    share_for_training,
+    start_local,
+)
 
 TWO_CPUS = Resources(cpus=2, gpus=0, node_cpus=2)
 GPU_NODES = Resources(cpus=32, gpus=4, node_cpus=16)
@@ -70,3 +77,26 @@ def test_fp16_needs_a_gpu() -> None:
     check_precision(GPU_NODES, "fp16", "train")
     with pytest.raises(UserError, match=r"train.precision: found fp16, which needs a GPU"):
         check_precision(TWO_CPUS, "fp16", "train")
+
+
+class Starting:
+    """ray.init of a machine that is full for so many times."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.asked = failures, []
+
+    def init(self, **options: object) -> None:
+        self.asked.append(options["address"])
+        if len(self.asked) <= self.failures:
+            raise Exception("The current node timed out during startup.\nThis could happen because ...")
+
+    def shutdown(self) -> None:
+        self.asked.append("shutdown")
+
+
+def test_a_cluster_that_does_not_start_in_time_is_started_once_more() -> None:
+    ray = Starting(failures=1)
+    start_local(ray, {"address": "local"})
+    assert ray.asked == ["local", "shutdown", "local"]
+    with pytest.raises(UserError, match=r"did not start \(The current node timed out during startup\.\)"):
+        start_local(Starting(failures=9), {"address": "local"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,12 @@ def connect(asked: Cluster, setting: str = "cluster.address") -> Resources:
             cpus = asked.cpus or len(os.sched_getaffinity(0))
             # Nobody takes this machine away from it: one process less for every training.
             os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-            ray.init(
-                address="local", num_cpus=cpus, include_dashboard=False, resources={TRIAL_DRIVER: 100},
-                object_store_memory=OBJECT_STORE_BYTES, _node_ip_address="127.0.0.1",
-                runtime_env={"env_vars": _paths() | KEPT_MEMORY}, **options,
-            )  # fmt: skip
+            local = {
+                "address": "local", "num_cpus": cpus, "include_dashboard": False, "resources": {TRIAL_DRIVER: 100},
+                "object_store_memory": OBJECT_STORE_BYTES, "_node_ip_address": "127.0.0.1",
+                "runtime_env": {"env_vars": _paths() | KEPT_MEMORY},
+            }  # fmt: skip
+            start_local(ray, {**options, **local})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Resources(
         cpus=int(sum(n.get("CPU", 0) for n in nodes)),
@@ -77,6 +79,22 @@ def connect(asked: Cluster, setting: str = "cluster.address") -> Resources:
         trial_drivers=int(sum(n.get(TRIAL_DRIVER, 0) for n in nodes)),
         nodes=tuple((int(n.get("CPU", 0)), int(n.get("GPU", 0))) for n in nodes),
     )
+
+
+def start_local(ray: Any, options: dict[str, Any]) -> None:
+    """Once more where Ray gives up: it waits 30 seconds for its own processes, which a full machine overruns."""
+    for last in (False, True):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises a plain one when it has waited too long
+            if last:
+                raise UserError(
+                    f"a local Ray cluster did not start ({first_line(error)}). Is the machine out of processors, memory"
+                    f" or space in {tempfile.gettempdir()}? Try again when it has some, or name a cluster that runs"
+                    " with cluster.address"
+                ) from error
+            ray.shutdown()
 
 
 def _connect_to(ray: Any, setting: str, address: str, options: dict[str, Any]) -> None:
