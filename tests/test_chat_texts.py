@@ -58,8 +58,7 @@ AROUND = re.compile(rb"\s*(</s>)?\s*((<s>\s*)?(user|assistant|Answer:|Question:)
 
 def written(made: Any, ids: np.ndarray) -> bytes:
     """The bytes of tokens, which may end within a character."""
-    measured = TokenBytes(made, "x")._bytes_V
-    return b"".join(measured[token] for token in ids.tolist())
+    return b"".join(TokenBytes(made, "x").of(ids.tolist()))
 
 
 TEACHERS = {"marked": MARKED, "trimmed": TRIMMED}

@@ -173,12 +173,8 @@ CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor 
 PROMPTING = CHAT + "{% if add_generation_prompt %}assistant: {% endif %}"
 
 
-def test_a_student_learns_chats_that_its_own_template_writes(
-    language_runs: SmallRuns, own: dict[str, Path], tmp_path: Path
-):
-    source, folder, mine = tmp_path / "input", language_runs.start("prepare"), tmp_path / "own"
+def chat_input(language_runs: SmallRuns, source: Path) -> None:
     shutil.copytree(language_runs.input, source)
-    shutil.copytree(own["pieces"], mine)
     for name, seed in (("train", 6), ("test", 7)):
         chats = [
             {"chat": [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": text[:20]}]}
@@ -186,6 +182,14 @@ def test_a_student_learns_chats_that_its_own_template_writes(
         ]
         write_jsonl(source / f"{name}.jsonl", chats)
     (source / "teacher/chat_template.jinja").write_text(PROMPTING)
+
+
+def test_a_student_learns_chats_that_its_own_template_writes(
+    language_runs: SmallRuns, own: dict[str, Path], tmp_path: Path
+):
+    source, folder, mine = tmp_path / "input", language_runs.start("prepare"), tmp_path / "own"
+    chat_input(language_runs, source)
+    shutil.copytree(own["pieces"], mine)
     changes = crossing(mine, more={"data.messages": "chat", "train.log_every": 1, "train.batch_size": 4})
     stages = ("prepare", "teach", "train", "evaluate")
     refused = language_runs.run(folder, *stages, source=str(source), changes=changes)
@@ -205,6 +209,22 @@ def test_a_student_learns_chats_that_its_own_template_writes(
     assert report["test_positions"] == counts["bytes"]
     assert report["student"]["bits_per_byte"] > 0
     assert (folder / "student/chat_template.jinja").read_text() == template
+
+
+def test_sorted_probabilities_are_learnt_of_chats_too(language_runs: SmallRuns, own: dict[str, Path], tmp_path: Path):
+    """Where both begin the same message, whatever their templates put before it."""
+    source, folder, mine = tmp_path / "input", language_runs.start("prepare"), tmp_path / "own"
+    chat_input(language_runs, source)
+    shutil.copytree(own["bytes"], mine)
+    (mine / "chat_template.jinja").write_text(PROMPTING.replace("assistant: ", "[assistant] "))
+    more = {"data.messages": "chat", "train.log_every": 1, "train.batch_size": 4}
+    changes = crossing(mine, "uld", {"teacher.next_tokens": {"codec": "hidden"}, **more})
+    answer = language_runs.run(folder, "prepare", "teach", "train", plain=True, source=str(source), changes=changes)
+    assert answer["error"] is None, answer["error"]
+    assert points(folder, "train")[-1]["uld"] < points(folder, "train")[0]["uld"]
+    counts = facts(folder, "student_rows")["counts"]["train"]
+    assert counts["bytes"] > 0
+    assert counts["in_spans"] > counts["rows"]
 
 
 def test_a_killed_training_goes_on_to_the_same_bytes(language_runs: SmallRuns, own: dict[str, Path], spans_run: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from language_runs import texts, tokenizer, unigram_tokenizer
+from tokenizers import AddedToken
 
 from raydistill.data.spans import COLUMNS, Side, aligned
 from raydistill.data.token_bytes import TokenBytes
@@ -54,6 +56,25 @@ def test_the_sign_that_is_put_before_a_text_stands_for_no_byte(tokenizers: dict[
         assert ends is not None
         assert ends[-1] == len(text)
         assert made.convert_ids_to_tokens(ids_of(made, text))[0].startswith("\u2581")
+
+
+@pytest.mark.parametrize("strips", [{}, {"lstrip": True}, {"rstrip": True}, {"lstrip": True, "rstrip": True}])
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_added_tokens_may_take_in_the_spaces_beside_them(kind: str, strips: dict[str, bool]):
+    made = tokenizer(300) if kind == "bytes" else unigram_tokenizer(120)
+    made.add_special_tokens({"additional_special_tokens": [AddedToken("<|end|>", **strips)]})
+    for text in ("the cat<|end|>the", "the cat  <|end|>  the", " the<|end|> <|end|>the cat ", "the <|end|> "):
+        ids = ids_of(made, text)
+        ends = TokenBytes(made, "here").ends(ids, text)
+        assert ends is not None, made.convert_ids_to_tokens(ids)
+        ends = ends.tolist()
+        found = [end for token, end in zip(ids, ends, strict=True) if token == made.convert_tokens_to_ids("<|end|>")]
+        assert found == [match.end() for match in re.finditer(re.escape("<|end|>"), text)]
+        assert ends == sorted(ends)
+        # The words beside them, each in the bytes up to where its last token ends.
+        words = [b"".join(TokenBytes(made, "here").of(ids[:count])).split() for count in range(1, len(ids) + 1)]
+        for end, word in zip(ends, words, strict=True):
+            assert "".join(text[:end].split()).encode() == b"".join(word)
 
 
 def test_unknown_characters_are_found_by_offsets(tokenizers: dict[str, Any]):

@@ -42,6 +42,10 @@ class TokenBytes:
         for number, added in tokenizer.added_tokens_decoder.items():
             self._bytes_V[number] = added.content.encode()
 
+    def of(self, ids: list[int]) -> list[bytes]:
+        """What each token stands for: its part of a character, where it has no more; an added token's own name."""
+        return [self._bytes_V[token] for token in ids]
+
     def ends(self, ids: list[int], text: str) -> Ends | None:
         """The byte before which each token of a text ends, (L,); None where the tokens are not the text's own.
 
@@ -50,7 +54,7 @@ class TokenBytes:
         """
         if self.unknown is not None and self.unknown in ids:
             return self._with_unknown(ids, text)
-        return self._ends(ids, [self._bytes_V[token] for token in ids], text)
+        return self._ends(ids, self.of(ids), text)
 
     def _with_unknown(self, ids: list[int], text: str) -> Ends | None:
         """Of a text with characters that the vocabulary lacks: what those are is where the tokenizer says."""
