@@ -34,7 +34,7 @@ from raydistill.stages.forward import DTYPES
 from raydistill.targets import SparseTargets
 
 SIZES = {"10M": (384, 6, 6), "110M": (768, 12, 12), "1B": (2048, 16, 32)}  # width, layers, heads
-ROWS, LENGTH, KEPT = 4, 256, 12
+ROWS, LENGTH, KEPT = 4, 256, 20
 Calls = dict[str, Callable[[], object]]
 
 
