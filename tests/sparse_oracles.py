@@ -22,27 +22,30 @@ def uniform(seed: int, row_id: int, position: int, stream: int, draw: int = 0) -
     return (splitmix((key + draw) & MASK) >> 11) / (1 << 53)
 
 
-def inclusion(probs: list[float], width: int) -> list[float]:
-    """pi_i = min(1, c p_i) with the sum `width`, by bisection on c; 1 for every token where there are no more."""
-    if width >= len(probs):
-        return [1.0] * len(probs)
-    low, high = 0.0, width / min(p for p in probs if p > 0)
-    for _ in range(200):
+def inclusions(probs: list[float], widths: list[int]) -> np.ndarray:
+    """pi_i = min(1, c p_i) with the sum `width`, a row for each width, by bisection on c; 1 where there are no more."""
+    p, wanted = np.array(probs)[None], np.array(widths, float)[:, None]
+    low, high = np.zeros_like(wanted), wanted / p[p > 0].min()
+    for _ in range(120):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(min(1.0, middle * p) for p in probs) < width else (low, middle)
-    return [min(1.0, high * p) for p in probs]
+        is_low = np.minimum(1, middle * p).sum(axis=1, keepdims=True) < wanted
+        low, high = np.where(is_low, middle, low), np.where(is_low, high, middle)
+    return np.where(wanted >= len(probs), 1.0, np.minimum(1, high * p))
+
+
+def inclusion(probs: list[float], width: int) -> list[float]:
+    """Of one width."""
+    return inclusions(probs, [width])[0].tolist()
 
 
 def needed(probs: list[float], width: int) -> int:
     """How many tokens: the number of least cost where a token costs 1 / width^2 and the summed variance its value."""
     if width >= len(probs):
         return len(probs)
-
-    def cost(kept: int) -> float:
-        pairs = zip(probs, inclusion(probs, kept), strict=True)
-        return sum(p * p * (1 / pi - 1) for p, pi in pairs if p > 0) + kept / width**2
-
-    return min(range(1, width + 2), key=cost)
+    p, kept = np.array(probs), list(range(1, width + 2))
+    used = p > 0
+    variance = (p[used] ** 2 * (1 / inclusions(probs, kept)[:, used] - 1)).sum(axis=1)
+    return kept[int(np.argmin(variance + np.array(kept) / width**2))]
 
 
 def softmax(row: np.ndarray) -> np.ndarray:
