@@ -341,6 +341,7 @@ def test_the_report_has_bits_of_the_same_bytes(reported: Path):
     assert "perplexity a byte" in page
     assert "different tokenizers" in page
     assert "KL from the teacher" not in page
+    assert page.count("<svg") == 3
     assert facts(reported, "export/safetensors-bf16")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raydistill.losses.token_measures import own_measures, teacher_measures
-from raydistill.report.language import compare_models, language_metrics
+from raydistill.report.language import compare_models, language_metrics, reliability
 
 
 def sums(rows: int = 40, documents: int = 12) -> dict[str, np.ndarray]:
@@ -30,6 +30,17 @@ def test_metrics_are_means_over_positions():
     assert metrics["nll"] == pytest.approx(mean)
     assert metrics["perplexity"] == pytest.approx(math.exp(mean))
     assert metrics["accuracy"] == pytest.approx(0.5)
+
+
+def test_reliability_has_the_bins_of_the_calibration_error():
+    found = sums()
+    bins = reliability(found, "student")
+    total = found["positions"].sum()
+    assert sum(one["rows"] for one in bins) == total
+    assert [one["probability"] for one in bins] == sorted(one["probability"] for one in bins)
+    assert sum(one["held"] * one["rows"] for one in bins) == pytest.approx(found["right_student"].sum())
+    gap = sum(abs(one["held"] - one["probability"]) * one["rows"] for one in bins) / total
+    assert language_metrics(found, "student")["ece"] == pytest.approx(gap)
 
 
 def test_intervals_draw_whole_documents_for_all_models_together():

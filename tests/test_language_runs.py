@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,14 @@ def test_the_report_has_the_perplexity_that_transformers_finds(reported: Path):
     page = (reported / "report/report.html").read_text()
     assert report["samples"][0]["prompt"].split()[0] in page
     assert f"{student:.3f}" in page
+    assert re.findall(r'aria-label="([^"]*)"', page) == [
+        "perplexity against size and latency", "reliability of the models' probabilities",
+        "validation over the training",
+    ]  # fmt: skip
+    assert {name: sum(one["rows"] for one in bins["as_it_is"]) for name, bins in report["reliability"].items()} == (
+        dict.fromkeys(folders, report["test_positions"])
+    )
+    assert [p["nll"] for p in report["curves"]["student"]] == [p["nll"] for p in points(reported, "validation")]
     # Keys and values of the student's one layer: 2 heads of 8 numbers each, of 4 bytes.
     assert report["student"]["memory_cache_bytes"] == 2 * 16 * 4 * report["student"]["memory_cache_tokens"]
     assert report["student"]["memory_weights_bytes"] == pytest.approx(4 * report["student"]["parameters"], rel=0.01)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,11 @@ def language_metrics(sums: Mapping[str, Floats], name: str) -> dict[str, float]:
         if f"{column}_{name}" in sums:
             found[metric] = float(sums[f"{column}_{name}"].sum()) / positions
     return found
+
+
+def reliability(sums: Mapping[str, Floats], name: str) -> list[dict[str, float]]:
+    """The bins of `ece`: of each the likeliest token's mean probability, how often it was right, and the positions."""
+    return [asdict(one) for one in calibration_bins(sums[f"confidence_{name}"], sums[f"right_{name}"] > 0)]
 
 
 def compare_models(sums: Mapping[str, Floats], *, resamples: int, seed: int) -> dict[str, Any]:

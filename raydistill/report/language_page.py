@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
+from raydistill.report import proof_pictures as pictures
 from raydistill.report.over_seeds import Forms, seeds_table, seeds_verdict
 
 MODELS = ("teacher", "student", "control")
@@ -121,6 +122,32 @@ def _files(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def language_pictures(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Title, SVG and caption; of a report that was made before they were measured only what it has."""
+    models = [{"name": name, "kind": name, **report[name]} for name in MODELS if report.get(name)]
+    found = [
+        (
+            "What it costs",
+            pictures.trade_off(
+                models + report.get("others", []), "perplexity", "perplexity", asked="next token of a row",
+                form=pictures.PLAIN,
+            ),
+            "Down and to the left is better; sizes and times are on logarithmic scales.",
+        )
+    ]  # fmt: skip
+    if "reliability" in report:
+        found.append((
+            "How honest its certainty is",
+            pictures.reliability(report["reliability"]),
+            "15 groups of equally many positions by the probability of the likeliest token, and how often it is the"
+            " next one. On the line certainty is honest, below it the model is too sure.",
+        ))  # fmt: skip
+    if curves := {name: points for name, points in report.get("curves", {}).items() if points}:
+        shown = pictures.training_curves(curves, "nll", "NLL", form=pictures.PLAIN)
+        found.append(("How it was trained", shown, "Validation documents, which are neither train nor test."))
+    return found
+
+
 def render_language(report: dict[str, Any]) -> str:
     """The page: no scripts, no network, light and dark."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]))
@@ -128,5 +155,6 @@ def render_language(report: dict[str, Any]) -> str:
     columns = ["test", *(name for name in MODELS if report.get(name))]
     return environment.get_template("language.html.j2").render(
         report=report, verdict=language_verdict(report), header=header, rows=rows, columns=columns,
-        config=json.dumps(report["config"], indent=2), seeds=seeds_table(report, SEED_FORMS),
+        config=json.dumps(report["config"], indent=2), pictures=language_pictures(report),
+        seeds=seeds_table(report, SEED_FORMS),
     )  # fmt: skip

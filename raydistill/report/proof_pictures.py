@@ -26,13 +26,16 @@ AROUND = ((0, 10), (10, 0), (0, -10), (-10, 0))  # where a number stands beside 
 Models = Sequence[dict[str, Any]]
 
 
-def trade_off(models: Models, quality: str, key: str) -> str:
-    """Quality against bytes on disk and against the time of a request, one point for each model."""
+def trade_off(
+    models: Models, quality: str, key: str, *, asked: str = "single request", form: FuncFormatter = PERCENT
+) -> str:
+    """Quality against bytes on disk and against the time of what is asked, one point for each model."""
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, sharey=True)
         _points(left, [(one, one["size_bytes"] / 1e6) for one in models], key, "weights on disk, MB")
-        _points(right, [(one, one["latency_ms_p50"]) for one in models], key, "single request, p50, ms")
+        _points(right, [(one, one["latency_ms_p50"]) for one in models], key, f"{asked}, p50, ms")
+        left.yaxis.set_major_formatter(form)
         left.set_ylabel(quality)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
 
@@ -52,7 +55,6 @@ def _points(axes: Axes, places: list[tuple[dict[str, Any], float]], key: str, ti
         )  # fmt: skip
     axes.margins(0.15, 0.2)
     axes.set_xlabel(title)
-    axes.yaxis.set_major_formatter(PERCENT)
     axes.grid(alpha=0.25, linewidth=0.6)
 
 
@@ -67,13 +69,13 @@ def _logarithmic(axes: Axes, which: Literal["x", "y"], values: Sequence[float]) 
 
 
 def reliability(diagrams: dict[str, dict[str, list[dict[str, float]]]]) -> str:
-    """How often predictions hold against how probable the model says they are, before and after scaling."""
+    """How often predictions hold against how probable the model says they are; scaled, too, where that is known."""
 
     def draw(figure: Figure) -> None:
         columns = figure.subplots(1, len(diagrams), sharey=True, squeeze=False)[0]
         for axes, (name, bins) in zip(columns, diagrams.items(), strict=True):
             axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, alpha=0.5)
-            for title, line, shade in (("as_it_is", "o-", 0.35), ("scaled", "^--", 0.7)):
+            for title, line, shade in (("as_it_is", "o-", 0.35), ("scaled", "^--", 0.7))[: len(bins)]:
                 across, up = [b["probability"] for b in bins[title]], [b["held"] for b in bins[title]]
                 label = title.replace("_", " ")
                 axes.plot(across, up, line, color=COLOURS(shade), markersize=4, linewidth=1.2, label=label)
@@ -84,7 +86,8 @@ def reliability(diagrams: dict[str, dict[str, list[dict[str, float]]]]) -> str:
                 axis.set_major_formatter(PERCENT)
             axes.set_aspect("equal")
         columns[0].set_ylabel("holds")
-        columns[0].legend(frameon=False, fontsize=8)
+        if any(len(bins) > 1 for bins in diagrams.values()):
+            columns[0].legend(frameon=False, fontsize=8)
 
     return drawn("reliability", 2.9, draw, "reliability of the models' probabilities")
 
@@ -118,7 +121,9 @@ def _short(label: str) -> str:
     return label if len(label) <= 32 else label[:31] + "…"
 
 
-def training_curves(curves: dict[str, list[dict[str, Any]]], metric: str, title: str) -> str:
+def training_curves(
+    curves: dict[str, list[dict[str, Any]]], metric: str, title: str, *, form: FuncFormatter = PERCENT
+) -> str:
     """Validation of student and control over the training."""
 
     def draw(figure: Figure) -> None:
@@ -133,7 +138,7 @@ def training_curves(curves: dict[str, list[dict[str, Any]]], metric: str, title:
         axes.set_xlabel("optimiser step")
         axes.set_ylabel(f"validation {title}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(PERCENT)
+        axes.yaxis.set_major_formatter(form)
         axes.legend(frameon=False)
 
     return drawn("training", 2.8, draw, "validation over the training")

@@ -177,7 +177,7 @@ def _report(
         **proof.proof(rows, temperatures, asked=asked.retention, **bootstrap),
         "agreement": ours["student"]["agreement"],
         "speed": speed,
-        "curves": _curves(config, run),
+        "curves": validation_curves(config, run),
         "teacher_combine": config.teacher.combine if is_ensemble(config) else None,
         "cross_fit": config.teacher.cross_fit,
         "teacher_temperature": teacher_temperature(config, run) if config.teacher.calibrate else None,
@@ -222,7 +222,7 @@ def _figures(
     return found
 
 
-def _curves(config: Config, run: Run) -> dict[str, list[dict[str, Any]]]:
+def validation_curves(config: Config, run: Run) -> dict[str, list[dict[str, Any]]]:
     """The validations of student and control by optimiser step, stage after stage."""
     found: dict[str, list[dict[str, Any]]] = {}
     for role in ("student", "control") if config.evaluate.control else ("student",):

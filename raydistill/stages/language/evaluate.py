@@ -16,11 +16,18 @@ from raydistill.models.source import ModelSource
 from raydistill.record.commit import Manifest, commit_manifest
 from raydistill.record.fingerprint import Plan
 from raydistill.record.run import Run
-from raydistill.report.language import compare_models, language_metrics, of_training, retention
+from raydistill.report.language import compare_models, language_metrics, of_training, reliability, retention
 from raydistill.report.over_seeds import over_seeds
 from raydistill.stages.cluster import Resources, share_for_actors
 from raydistill.stages.environment import device_name, environment
-from raydistill.stages.evaluate import base_models, fingerprints, forwards_per_row, hub_datasets, size_bytes
+from raydistill.stages.evaluate import (
+    base_models,
+    fingerprints,
+    forwards_per_row,
+    hub_datasets,
+    size_bytes,
+    validation_curves,
+)
 from raydistill.stages.export import exported
 from raydistill.stages.language.generation import Tokens, measure_generation
 from raydistill.stages.language.harness import (
@@ -79,6 +86,7 @@ def evaluate_language(config: Config, run: Run, resources: Resources, progress: 
     bootstrap = {"resamples": config.evaluate.bootstrap, "seed": config.evaluate.seed}
     comparison = compare_models(sums, **bootstrap) | {"others": _others(files, models, sums, bootstrap)}
     report = _report(config, run, data, {name: models[name] for name in ours}, comparison, plan)
+    report["reliability"] = {name: {"as_it_is": reliability(sums, name)} for name in ours}
     if config.evaluate.harness is not None:
         report["harness"] = _harness({name: sources[name] for name in ours}, config, run, plan, resources, progress)
     if again:
@@ -233,6 +241,7 @@ def _report(
         **models,
         **comparison,
         "agreement": models["student"].get("agreement"),
+        "curves": validation_curves(config, run),
         "cache": {name: cache.facts[name] for name in ("codec", "promise", "positions", "bytes_per_position")},
         "base_models": base_models(config),
         "hub_datasets": hub_datasets(config),
