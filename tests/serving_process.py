@@ -24,6 +24,7 @@ from typing import Any
 from urllib.error import HTTPError
 
 import psutil
+from processes import kill_tree, program
 
 SECONDS = 240  # that a process may take in all
 
@@ -141,14 +142,12 @@ def head_node() -> Iterator[tuple[str, dict[str, str], subprocess.Popen[bytes]]]
     with open(folder / "log", "w") as log:
         node = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment, **paths})
     try:
-        while "raylet" not in {child.name() for child in psutil.Process(node.pid).children(recursive=True)}:
+        while "raylet" not in {Path(program(p)).name for p in psutil.Process(node.pid).children(recursive=True)}:
             assert node.poll() is None, (folder / "log").read_text()
             time.sleep(0.1)
         time.sleep(2)  # until it is known to itself
         yield address, environment, node
     finally:
-        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_tree(node.pid)
         node.wait(60)
         shutil.rmtree(folder, ignore_errors=True)

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
+from processes import kill_tree
 
 from raydistill.demo import write_new_bert
 from raydistill.record.store import sha256_file
@@ -175,16 +175,6 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = DEADLINE_SEC
         time.sleep(0.02)
 
 
-def kill_tree(process: subprocess.Popen) -> None:
-    """SIGKILL to a run and everything that it started."""
-    for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait(30)
-
-
 def stop_in_training(arguments: list[object], folder: Path, signum: signal.Signals) -> str:
     """Sends a signal to a command once its training has a checkpoint; what it said, after its exit code is checked."""
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -203,7 +193,8 @@ def test_a_run_that_is_killed_and_then_stopped_by_a_signal_ends_with_the_same_by
     path, folder = write(settings, name="disturbed", evaluate={"control": False}), clean.parent / "disturbed"
     process = subprocess.Popen(command("run", path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: (folder / "teacher/cache").exists() and any((folder / "teacher/cache").glob("*.json")), process)
-    kill_tree(process)
+    kill_tree(process.pid)
+    process.wait(30)
     assert process.stdout is not None
     process.stdout.close()
     stop_in_training(["run", path], folder, signal.SIGTERM)
@@ -275,7 +266,8 @@ def head_node(tmp_path: Path):
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT,
     )  # fmt: skip
     yield f"http://127.0.0.1:{dashboard}", environment, ray
-    kill_tree(process)
+    kill_tree(process.pid)
+    process.wait(30)
 
 
 def check_stored(bucket: str, name: str, clean: Path) -> None:

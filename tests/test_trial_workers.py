@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+from processes import called, kill
 from test_tune import RATES, SEARCH, curves, facts, on_ray, searched, table, trial_actors
 
 from raydistill.config.file import validate
@@ -112,10 +112,8 @@ def test_trials_on_ray_have_their_workers_and_leave_nothing(runs, killed: str):
             assert process.poll() is None, "the search ended before the moment to disturb it"
             time.sleep(0.02)
         tree = psutil.Process(process.pid).children(recursive=True)
-        workers = [p for p in tree if "".join(p.cmdline()).startswith("ray::RayTrainWorker")]
-        for victim in {"nothing": [], "trial": trial_actors(tree), "worker": workers[:1]}[killed]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                victim.kill()
+        workers = called(tree, "ray::RayTrainWorker")
+        kill({"nothing": [], "trial": trial_actors(tree), "worker": workers[:1]}[killed])
         assert process.wait(1000) == 0, Path(log.name).read_text()
         log.seek(0)
         assert "starting up to 1 trial of 2 workers, 1 CPU each" in log.read()
