@@ -141,10 +141,11 @@ def test_the_heat_map_is_of_temperature_and_alpha_where_both_were_searched():
     assert heat_axes([trial(n, p, [0.1]) for n, p in enumerate(alone)], list(alone[0])) is None
 
 
-def test_sampled_pairs_are_points_and_not_a_grid_of_holes():
-    points = [{TEMPERATURE: 2.0 + 0.37 * n, ALPHA: 0.5 + 0.041 * n} for n in range(9)]
+@pytest.mark.parametrize(("trials", "temperatures"), [(9, 9), (24, 3)])
+def test_sampled_pairs_are_points_and_not_a_grid_of_holes(trials: int, temperatures: int):
+    points = [{TEMPERATURE: 2.0 + 0.37 * (n % temperatures), ALPHA: 0.5 + 0.014 * n} for n in range(trials)]
     page = render_search(search([trial(n, p, [0.1 * n]) for n, p in enumerate(points)]))
     (heat,) = [svg for svg in pictures_of(page) if str(svg.get("aria-label")).startswith("best value")]
     drawn = [e for e in heat.iter() if str(e.get("id")).startswith("heat-PathCollection")]
     assert len(drawn) == 1
-    assert len([e for e in drawn[0].iter() if e.tag.endswith("use")]) == 9
+    assert len([e for e in drawn[0].iter() if e.tag.endswith("use")]) == trials

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 INK = "#010203"  # replaced by the page's own colour of text
 WIDTH = 7.6  # inches
 LONGEST = 36  # characters of a label
+MOST_CELLS = 12  # of a heat map, one above the other, whose numbers can be read
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif", "axes.spines.top": False,
     "axes.spines.right": False, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK,
@@ -106,7 +107,8 @@ def heat_map(trials: Trials, across: str, up: str, metric: str, lower_is_better:
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        if len(columns) * len(rows) > 3 * len(shown):  # a range was sampled: hardly a pair comes twice
+        was_sampled = len(columns) * len(rows) > 3 * len(shown)  # hardly a pair comes twice
+        if was_sampled or max(len(columns), len(rows)) > MOST_CELLS:
             points = axes.scatter(
                 [trial["point"][across] for trial in shown], [trial["point"][up] for trial in shown],
                 c=[trial["value"] for trial in shown], cmap=COLOURS, s=42, edgecolors=INK, linewidths=0.4,
