@@ -35,11 +35,11 @@ from raydistill.stages.progress import Progress
 CODECS: dict[str, dict[str, Any]] = {
     "hidden": {"codec": "hidden"},
     "sampled-20": {"codec": "sampled", "kept": 20},
-    "topk-3": {"codec": "topk", "kept": 3},  # of about as many bytes
+    "topk-3": {"codec": "topk", "kept": 3},  # 13 bytes
     "random-50": {"codec": "random", "kept": 50},  # RS-KD
     "sampled-32": {"codec": "sampled", "kept": 32},
     "dense": {"codec": "dense"},
-    "topk-12": {"codec": "topk", "kept": 12},  # of as many tokens
+    "topk-12": {"codec": "topk", "kept": 12},  # 37 bytes
 }
 FIRST, WHOLE = "hidden", ("dense", "hidden")  # the measure is the first of WHOLE that is there
 DOCUMENT = 2000  # characters, about

@@ -379,6 +379,7 @@ def test_a_search_goes_on_after_a_node_is_killed(runs, halved: tuple[Path, dict[
             while (running := process.poll() is None) and not is_moment():
                 time.sleep(0.02)
             if not running:
+                assert process.returncode == 0, Path(log.name).read_text()
                 continue
             end_node(second)
             assert process.wait(1000) == 0, Path(log.name).read_text()
